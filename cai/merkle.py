@@ -1,0 +1,80 @@
+"""Merkle trees as RFC 6962 §2.1 hashes them: the session tree, the content root, the audit log.
+
+A leaf is ``SHA-256(00 ‖ data)``, a node ``SHA-256(01 ‖ left ‖ right)``; the tree over ``n`` leaves
+splits at the largest power of two below ``n``. Prefixes keep a node from being offered as a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+HASH_SIZE = 32
+"""Bytes of a leaf, a node and a root."""
+
+
+def leaf_hash(data: bytes) -> bytes:
+    """Hash of one leaf's data (RFC 6962 §2.1)."""
+    return sha256(b"\x00" + data).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """Hash of an inner node (RFC 6962 §2.1)."""
+    return sha256(b"\x01" + left + right).digest()
+
+
+def root(leaves: Sequence[bytes]) -> bytes:
+    """Root over leaf hashes; the empty tree is ``SHA-256("")`` (RFC 6962 §2.1)."""
+    if not leaves:
+        return sha256(b"").digest()
+    # Equal to the recursive definition: a last odd node moves up unhashed.
+    level = list(leaves)
+    while len(level) > 1:
+        paired = [node_hash(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        if len(level) % 2:
+            paired.append(level[-1])
+        level = paired
+    return level[0]
+
+
+def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
+    """Audit path of the leaf at ``index``, bottom up (RFC 6962 §2.1.1).
+
+    Raises:
+        IndexError: ``index`` is not below ``len(leaves)``; a fault of the caller.
+    """
+    if not 0 <= index < len(leaves):
+        raise IndexError(f"leaf {index} of {len(leaves)}")
+    path: list[bytes] = []
+    level = list(leaves)
+    while len(level) > 1:
+        sibling = index ^ 1
+        if sibling < len(level):
+            path.append(level[sibling])
+        paired = [node_hash(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        if len(level) % 2:
+            paired.append(level[-1])
+        level, index = paired, index // 2
+    return path
+
+
+def root_from_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:
+    """Root that ``leaf`` at ``index`` of ``size`` leads to (RFC 9162 §2.1.3.2).
+
+    Returns:
+        The root, or ``None`` where index, size and path length do not fit each other: a path of
+        any other length than the tree's own is refused.
+    """
+    if not 0 <= index < size:
+        return None
+    position, last, value = index, size - 1, leaf
+    rest = list(path)
+    while last:
+        if position % 2 or position < last:
+            if not rest:
+                return None
+            sibling = rest.pop(0)
+            value = node_hash(sibling, value) if position % 2 else node_hash(value, sibling)
+        position //= 2
+        last //= 2
+    return None if rest else value
