@@ -219,6 +219,18 @@ class Interrupted(CaiError):
     code, exit_status, http_status = "interrupted", 130, 503
 
 
+def from_exit_status(status: int, message: str, hint: str | None = None) -> CaiError:
+    """The error behind the exit status of one of our own programs, for whoever started it."""
+    kinds: tuple[type[CaiError], ...] = (
+        UsageError, InputError, StorageError, WrongKey, Tampered, Refused, PeerError, Undecided,
+        Interrupted,
+    )
+    for kind in kinds:
+        if kind.exit_status == status:
+            return kind(message, hint=hint)
+    return CaiError(message, hint=hint)
+
+
 def from_os_error(error: OSError, doing: str) -> CaiError:
     """Turn an ``OSError`` into the tree.
 

@@ -12,7 +12,7 @@ import typer
 
 from cai.terminal import run_app
 
-VERBS: tuple[str, ...] = ()
+VERBS: tuple[str, ...] = ("host", "measure")
 """Verbs in the order of ``cai --help``; each is the function of that name in its module."""
 
 
@@ -26,7 +26,11 @@ def build() -> typer.Typer:
     )
     for verb in VERBS:
         module = import_module(f"cai.cli.{verb}")
-        app.command(verb)(getattr(module, verb))
+        group = getattr(module, "app", None)
+        if group is None:
+            app.command(verb)(getattr(module, verb))
+        else:
+            app.add_typer(group)
     return app
 
 
