@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *GROUND, "cai.attest", "cai.model", "cai.store", "cai.mount", "cai.host", "cai.demo",
     ),
     "cai.cli": ("cai",),
+    "cai.__main__": ("cai.cli",),
     "kbs": (*GROUND, "cai.attest", "kbs"),
     "tng": (*GROUND, "cai.attest", "tng"),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import httpx
 
-import cai
+from cai import __version__
 from cai.attest import jwe, rcar
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.statement import ReleaseStatement, stock_report_data
@@ -75,7 +75,7 @@ async def fetch_release(agent: Agent, trustee_url: str, key_path: str) -> Releas
         FormatError, WrongKey, Tampered: the answer or the record is not what it should be.
     """
     timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
-    headers = {"User-Agent": f"cai-host/{cai.__version__}"}
+    headers = {"User-Agent": f"cai-host/{__version__}"}
     base = f"{trustee_url}/kbs/v0"
     # The environment's proxy must not see a release, and must not be able to divert it.
     async with httpx.AsyncClient(timeout=timeout, headers=headers, trust_env=False) as client:
@@ -100,7 +100,7 @@ async def _attestation(
     statement = ReleaseStatement(
         launch_digest=agent.launch.digest,
         guest_facts=agent.guest_facts(),
-        agent_version=cai.__version__,
+        agent_version=__version__,
     )
     additional = rcar.additional_evidence(devices, statement)
     digest = rcar.primary_digest(nonce, key.jwk, additional)
