@@ -43,10 +43,16 @@ def test_no_process_is_left_behind_and_the_last_ends_first(tmp_path: Path) -> No
 
 
 def test_an_error_in_the_story_ends_the_parties_too(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Parties(tmp_path) as parties:
-        party = parties.start("a", SLEEP)
-        raise KeyboardInterrupt
-    assert not alive(party.process.pid)
+    started = []
+
+    def story() -> None:
+        with Parties(tmp_path) as parties:
+            started.append(parties.start("a", SLEEP))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        story()
+    assert not alive(started[0].process.pid)
 
 
 def test_a_party_deaf_to_sigterm_is_killed(

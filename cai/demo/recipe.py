@@ -1,0 +1,109 @@
+"""The files that the demo writes for its parties, as a person would write them by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cai.errors import ListenerFailed, StorageError, from_os_error
+
+KEY_ID = "kbs:///default/aliyun/model-decryption-key"
+"""Where the release record lives in the key broker."""
+
+SERVICE = "cai-demo"
+"""The service's name in ``launch.json``."""
+
+ALLOW_REGO = '''\
+package policy
+
+# Asked for each resource, after the hard checks and the verification policy have passed.
+default allow := false
+
+allow if {
+    data.plugin == "resource"
+    data["resource-path"] == "default/aliyun/model-decryption-key"
+    input.submods.cpu0["ear.status"] == "affirming"
+}
+'''
+"""The third layer of the key broker's policy: which facts release which resource."""
+
+
+def free_port(preferred: int) -> int:
+    """The preferred loopback port if nobody listens there, else any free one.
+
+    Raises:
+        ListenerFailed: no port can be bound at all.
+    """
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ListenerFailed("no loopback port is free", hint="check that the interface lo is up")
+
+
+def write_env(path: Path, *, trustee_url: str, service_port: int, mount_point: Path) -> None:
+    """``cai.env``: the settings of the GPU host."""
+    write_new(
+        path,
+        f"TRUSTEE_URL={trustee_url}\n"
+        "TRUSTEE_POLICY=default\n"
+        f"MODEL_KEY_ID={KEY_ID}\n"
+        "MODEL_ENCRYPTION_METHOD=cai\n"
+        f"MODEL_SERVICE_PORT={service_port}\n"
+        f"MODEL_MOUNT_POINT={mount_point}\n",
+    )
+
+
+def egress(*, port: int, agent: Path, engine: Path) -> dict[str, Any]:
+    """The host's gateway: proves each session, then forwards to the engine's Unix socket."""
+    return {
+        "add_egress": [
+            {
+                "mapping": {
+                    "in": {"host": "127.0.0.1", "port": port}, "out": {"unix": str(engine)},
+                },
+                "attest": {"aa_addr": f"unix://{agent}"},
+            }
+        ]
+    }
+
+
+def ingress(*, port: int, verify: Mapping[str, Any]) -> dict[str, Any]:
+    """The client's gateway: an HTTP proxy that verifies each guest itself."""
+    return {
+        "add_ingress": [
+            {
+                "http_proxy": {"proxy_listen": {"host": "127.0.0.1", "port": port}},
+                "verify": dict(verify),
+            }
+        ]
+    }
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a settings file in JSON, for people to read."""
+    write_new(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that only its owner can read.
+
+    Raises:
+        StorageError: it exists already or cannot be written.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise StorageError(f"{path} exists already", hint="choose an empty directory") from error
+    except OSError as error:
+        raise from_os_error(error, f"write {path}") from error
