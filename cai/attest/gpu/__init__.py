@@ -1,1 +1,1 @@
-"""TODO owner."""
+"""NVIDIA GPUs: attestation report, device certificates and verification (spec-evidence §4)."""

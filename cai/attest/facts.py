@@ -1,0 +1,298 @@
+"""What verification established about a guest: the input of every policy.
+
+Facts exist only after every hard check has passed. A key broker stores them in its session and
+appraises them again at each request, so they survive a round trip through JSON; and they are handed
+to Rego under the names that Trustee gives its claims, so that policies written for it keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from cai.attest.statement import ChannelStatement, ReleaseStatement, ServedModel
+from cai.errors import FormatError, SettingError
+from cai.jcs import MAX_INTEGER
+from cai.settings import Section
+
+MAX_FACTS = 512 * 1024
+"""Largest JSON of facts that is worth storing, bytes; 16 devices stay below it."""
+
+CPU = "cpu0"
+"""Trustee's name of the CPU submodule of a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TdxFacts:
+    """What a verified TDX quote says; byte fields in lower-case hex, named as Trustee's claims.
+
+    Attributes:
+        header: version, att_key_type, tee_type, reserved, vendor_id, user_data.
+        body: tcb_svn, mr_seam, mrsigner_seam, seam_attributes, td_attributes, xfam, mr_td,
+            mr_config_id, mr_owner, mr_owner_config, rtmr_0 to rtmr_3, report_data; with a TD 1.5
+            body also tee_tcb_svn2 and mr_service_td.
+        debug: the TD can be debugged; always false, since no policy lifts that check.
+        tcb_status: Intel's status of platform, module and quoting enclave together.
+        tcb_date: RFC 3339 date of the TCB recovery that the platform satisfies.
+        advisory_ids: Intel's advisories for this TCB level, sorted.
+        fmspc: platform family, 12 hex digits.
+        ppid: identity of the processor package, 32 hex digits.
+        eval_data_number: generation of the TCB information used.
+        collateral_expires: RFC 3339 time at which the first part of the collateral expires.
+        platform_instance_id: identity of the platform as registered with Intel; empty if none.
+        pck_flags: ``dynamic_platform``, ``cached_keys``, ``smt_enabled``: true, false, undefined.
+    """
+
+    header: Mapping[str, str]
+    body: Mapping[str, str]
+    debug: bool
+    tcb_status: str
+    tcb_date: str
+    advisory_ids: tuple[str, ...]
+    fmspc: str
+    ppid: str
+    eval_data_number: int
+    collateral_expires: str
+    platform_instance_id: str = ""
+    pck_flags: Mapping[str, str] = field(default_factory=dict)
+
+    def attribute(self, bit: int) -> bool:
+        """One bit of td_attributes (a 64-bit little-endian integer)."""
+        value = int.from_bytes(bytes.fromhex(self.body["td_attributes"]), "little")
+        return bool(value >> bit & 1)
+
+    def claims(self) -> dict[str, object]:
+        """The facts as Trustee's ``tdx`` claims."""
+        return {
+            "quote": {"header": dict(self.header), "body": dict(self.body)},
+            "td_attributes": {
+                "debug": self.debug,
+                "septve_disable": self.attribute(28),
+                "protection_keys": self.attribute(30),
+                "key_locker": self.attribute(31),
+                "perfmon": self.attribute(63),
+            },
+            "tcb_status": self.tcb_status,
+            "tcb_date": self.tcb_date,
+            "advisory_ids": list(self.advisory_ids),
+            # Expired collateral never verifies here; Trustee spells "fresh" as the string "0".
+            "collateral_expiration_status": "0",
+            "earliest_expiration_date": self.collateral_expires,
+            "tcb_eval_num": self.eval_data_number,
+            "fmspc": self.fmspc,
+            "ppid": self.ppid,
+            "platform_instance_id": self.platform_instance_id,
+            "is_dynamic_platform": self.pck_flags.get("dynamic_platform", "undefined"),
+            "is_cached_keys": self.pck_flags.get("cached_keys", "undefined"),
+            "is_smt_enabled": self.pck_flags.get("smt_enabled", "undefined"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What one verified GPU report says.
+
+    Attributes:
+        arch: ``HOPPER`` or ``BLACKWELL``, as the certificate has it.
+        hwmodel: common name of the certificate above the leaf, e.g. ``GH100 A01 GSP BROM``.
+        ueid: serial number of the leaf, decimal, as NVIDIA spells it.
+        driver_version: e.g. ``580.95.05``.
+        vbios_version: e.g. ``96.00.74.00.1A``.
+        fwid: digest of the firmware that holds the signing key, 96 hex digits.
+        measurements: block index, decimal, to digest in hex.
+    """
+
+    arch: str
+    hwmodel: str
+    ueid: str
+    driver_version: str
+    vbios_version: str
+    fwid: str
+    measurements: Mapping[str, str]
+
+    def claims(self) -> dict[str, object]:
+        """The facts as Trustee's local ``nvidia`` claims, with model and identity beside them."""
+        return {
+            "arch": self.arch.capitalize(),
+            "hwmodel": self.hwmodel,
+            "ueid": self.ueid,
+            "measurements": dict(self.measurements),
+            "config": {
+                "driver_version": self.driver_version,
+                "vbios_version": self.vbios_version,
+                "fwid": self.fwid,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that was established about one guest.
+
+    Attributes:
+        tdx: from the quote.
+        devices: from the GPU reports, in the order of the evidence.
+        gpu_digest: ``gpu_evidence_digest`` of the evidence, hex.
+        simulated: some root was a simulator's.
+        launch_digest: from a statement whose binding is verified; empty before.
+        guest: guest facts from that statement.
+        models: what a channel statement says is served.
+    """
+
+    tdx: TdxFacts
+    devices: tuple[DeviceFacts, ...]
+    gpu_digest: str
+    simulated: bool
+    launch_digest: str = ""
+    guest: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[ServedModel, ...] = ()
+
+    def with_statement(self, statement: ReleaseStatement | ChannelStatement) -> Facts:
+        """These facts with what a statement adds.
+
+        Call it only when the report data or digest that binds ``statement`` has been verified.
+        """
+        models = statement.models if isinstance(statement, ChannelStatement) else ()
+        return replace(
+            self,
+            launch_digest=statement.launch_digest,
+            guest=dict(statement.guest_facts),
+            models=models,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """The facts as JSON; ``from_json`` is the inverse."""
+        return {
+            "tdx": _plain(asdict(self.tdx)),
+            "devices": [_plain(asdict(device)) for device in self.devices],
+            "gpu_digest": self.gpu_digest,
+            "simulated": self.simulated,
+            "launch_digest": self.launch_digest,
+            "guest": dict(self.guest),
+            "models": [model.to_json() for model in self.models],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Facts:
+        """Parse ``to_json``'s form strictly.
+
+        Raises:
+            FormatError: a member is missing, unknown or of another form.
+        """
+        try:
+            return _facts(Section(value, where="facts"))
+        except SettingError as error:
+            raise FormatError(error.message) from error
+
+    def claims(self) -> list[tuple[str, dict[str, object]]]:
+        """The evidence of each submodule as EAR and Rego see it, under Trustee's member names.
+
+        Returns:
+            ``cpu0`` first, then ``gpu0`` and so on. ``cpu0`` also has a member ``cai`` with what
+            only our own statement says.
+        """
+        cpu: dict[str, object] = {
+            "tdx": self.tdx.claims(),
+            "report_data": self.tdx.body["report_data"],
+            "init_data": self.tdx.body["mr_config_id"],
+            "cai": {
+                "simulated": self.simulated,
+                "launch_digest": self.launch_digest,
+                "guest": dict(self.guest),
+                "gpu_digest": self.gpu_digest,
+                "gpu_count": len(self.devices),
+                "models": [model.to_json() for model in self.models],
+            },
+        }
+        devices: list[tuple[str, dict[str, object]]] = [
+            (f"gpu{place}", {"nvidia": device.claims()})
+            for place, device in enumerate(self.devices)
+        ]
+        return [(CPU, cpu), *devices]
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: list(item) if isinstance(item, tuple) else dict(item) if isinstance(item, Mapping)
+        else item
+        for name, item in value.items()
+    }  # fmt: skip
+
+
+def _facts(section: Section) -> Facts:
+    tdx = section.section("tdx")
+    if tdx is None:
+        raise FormatError("facts: tdx is missing")
+    facts = Facts(
+        tdx=_tdx(tdx),
+        devices=tuple(_device(item) for item in _list(section, "devices")),
+        gpu_digest=section.text("gpu_digest"),
+        simulated=section.flag("simulated"),
+        launch_digest=section.text("launch_digest"),
+        guest=_texts(section, "guest"),
+        models=tuple(_model(item) for item in _list(section, "models")),
+    )
+    section.finish()
+    return facts
+
+
+def _tdx(section: Section) -> TdxFacts:
+    facts = TdxFacts(
+        header=_texts(section, "header"),
+        body=_texts(section, "body"),
+        debug=section.flag("debug"),
+        tcb_status=section.text("tcb_status"),
+        tcb_date=section.text("tcb_date"),
+        advisory_ids=tuple(section.texts("advisory_ids")),
+        fmspc=section.text("fmspc"),
+        ppid=section.text("ppid"),
+        eval_data_number=section.integer(
+            "eval_data_number", least=0, most=MAX_INTEGER, unit="generations"
+        ),
+        collateral_expires=section.text("collateral_expires"),
+        platform_instance_id=section.text("platform_instance_id"),
+        pck_flags=_texts(section, "pck_flags"),
+    )
+    section.finish()
+    return facts
+
+
+def _device(value: Any) -> DeviceFacts:
+    section = Section(value, where="facts.devices")
+    facts = DeviceFacts(
+        arch=section.text("arch"),
+        hwmodel=section.text("hwmodel"),
+        ueid=section.text("ueid"),
+        driver_version=section.text("driver_version"),
+        vbios_version=section.text("vbios_version"),
+        fwid=section.text("fwid"),
+        measurements=_texts(section, "measurements"),
+    )
+    section.finish()
+    return facts
+
+
+def _model(value: Any) -> ServedModel:
+    section = Section(value, where="facts.models")
+    model = ServedModel(
+        root=section.text("root"),
+        content_root=section.text("content_root"),
+        allow=tuple(section.texts("allow")),
+    )
+    section.finish()
+    return model
+
+
+def _list(section: Section, name: str) -> list[Any]:
+    value = section.raw(name)
+    if not isinstance(value, list):
+        raise FormatError(f"{section.where}: {name} must be a list")
+    return value
+
+
+def _texts(section: Section, name: str) -> dict[str, str]:
+    value = section.raw(name)
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise FormatError(f"{section.where}: {name} must map names to strings")
+    return dict(value)

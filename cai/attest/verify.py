@@ -1,0 +1,103 @@
+"""Layer 1 of every decision: the hard checks of one guest's evidence (docs/spec-evidence.md).
+
+Pure: bytes, anchors, collateral and a time in; a verdict that lists each check, and facts only if
+every one passed, out. What a policy demands of the facts is layer 2, ``cai.attest.policy``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from cai.attest.anchors import TrustAnchors
+from cai.attest.evidence import Evidence
+from cai.attest.facts import Facts
+from cai.attest.gpu.verify import verify_devices
+from cai.attest.tdx.collateral import CollateralStore
+from cai.attest.tdx.verify import verify_quote
+from cai.attest.verdict import Verdict, not_asked
+
+RISK_SIMULATED = "SIMULATED: the roots are a simulator's; nothing here speaks of real hardware"
+RISK_RIM = (
+    "GPU firmware measurements are signed by the device but not compared with NVIDIA's reference"
+    " values (RIM)"
+)
+RISK_OCSP = "revocation of GPU device certificates is not asked (OCSP)"
+RISK_LOCALITY = (
+    "that the GPU sits in the machine of the TDX guest rests on the measured guest, not on the"
+    " GPU's own evidence"
+)
+RISK_PHYSICAL = (
+    "an attacker with physical access to an up-to-date platform of his own is not told apart unless"
+    " the policy lists platforms by PPID"
+)
+"""What no check covers, as a verdict's ``residual_risks`` say it."""
+
+
+def verify_evidence(
+    evidence: Evidence,
+    *,
+    subject: str,
+    report_data: bytes,
+    gpu_nonce: bytes | None,
+    anchors: TrustAnchors,
+    collateral: CollateralStore,
+    now: datetime,
+) -> tuple[Verdict, Facts | None]:
+    """Make every hard check of a guest's evidence.
+
+    Args:
+        evidence: quote and devices as the guest gave them.
+        subject: what is verified, as the verdict names it.
+        report_data: the 64 bytes that the quote must carry.
+        gpu_nonce: the 32 bytes that every GPU report must carry; ``None`` only without devices.
+        anchors: the roots to trust.
+        collateral: Intel's statements about platforms.
+        now: time of the verification, timezone-aware; services give their own clock.
+
+    Returns:
+        The verdict, and the facts if and only if it passed.
+    """
+    # (1) to (10): the quote, spec-evidence §3.
+    tdx = verify_quote(
+        evidence.quote,
+        report_data=report_data,
+        root=anchors.tdx_root,
+        collateral=collateral,
+        now=now,
+    )
+    # (11) to (20): the devices, spec-evidence §4.
+    gpu = verify_devices(evidence.devices, nonce=gpu_nonce, root=anchors.gpu_root, now=now)
+    event_log = not_asked("tdx.event_log", reason="event logs are not replayed yet")
+    risks = [RISK_SIMULATED] if anchors.simulated else [RISK_PHYSICAL]
+    if evidence.devices:
+        risks += [RISK_RIM, RISK_OCSP, RISK_LOCALITY]
+    verdict = Verdict(
+        subject=subject,
+        checks=(*tdx.checks, event_log, *gpu.checks),
+        simulated=anchors.simulated,
+        residual_risks=tuple(risks),
+    )
+    if not verdict.passed or tdx.facts is None or gpu.facts is None:
+        return verdict, None
+    facts = Facts(
+        tdx=tdx.facts,
+        devices=gpu.facts,
+        gpu_digest=evidence.gpu_digest.hex(),
+        simulated=anchors.simulated,
+    )
+    return verdict.extended((), hardware=_hardware(facts)), facts
+
+
+def _hardware(facts: Facts) -> dict[str, str]:
+    """Identity of the platform as the signatures prove it."""
+    tdx = facts.tdx
+    hardware = {
+        "fmspc": tdx.fmspc,
+        "ppid": tdx.ppid,
+        "tcb_status": tdx.tcb_status,
+        "tcb_date": tdx.tcb_date,
+        "collateral_expires": tdx.collateral_expires,
+    }
+    for place, device in enumerate(facts.devices):
+        hardware[f"gpu.{place}"] = f"{device.hwmodel} {device.ueid}"
+    return hardware
