@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import httpx
 
+from cai.demo.parties import Party
 from cai.demo.telling import StoryBroken
 from cai.errors import PeerError, PeerUnreachable
 
 ANSWER_S = 60.0
 """Longest wait for an answer, seconds; a first request waits for a quote."""
+
+SAME_COSINE = 0.9999
+"""Least cosine between another engine's embedding and ours for the same text and weights."""
 
 PAIRS = (
     ("A cat is sleeping on the sofa.", "A kitten naps on the couch.", True),
@@ -56,6 +61,28 @@ def over_socket(uds: Path, path: str) -> dict[str, Any]:
     transport = httpx.HTTPTransport(uds=str(uds))
     with httpx.Client(transport=transport, base_url="http://engine", timeout=ANSWER_S) as client:
         return _document(client, "GET", path)
+
+
+def until_answered(party: Party, uds: Path, path: str) -> dict[str, Any]:
+    """GET a JSON document from a Unix socket as soon as its party answers.
+
+    Raises:
+        PartyEnded, PeerUnreachable: the party ends, or takes too long.
+    """
+
+    def look() -> dict[str, Any] | None:
+        try:
+            return over_socket(uds, path)
+        except PeerError:
+            return None
+
+    return party.wait(look)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a loopback port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def embed(proxy: str, url: str, model: str, texts: Sequence[str]) -> list[list[float]]:

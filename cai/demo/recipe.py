@@ -17,16 +17,25 @@ KEY_ID = "kbs:///default/aliyun/model-decryption-key"
 SERVICE = "cai-demo"
 """The service's name in ``launch.json``."""
 
+HOST_UP = [
+    "cai", "host", "up", "--env", "cai.env", "--model", "sealed", "--launch", "launch.json",
+    "--run-dir", "run", "--unsafe-simulated-tee", "sim/platform", "--json",
+]
+"""The GPU host's one command."""
+
 ALLOW_REGO = '''\
 package policy
 
-# Asked for each resource, after the hard checks and the verification policy have passed.
+import rego.v1
+
+# Asked at each release, after the hard checks and the verification policy have passed.
 default allow := false
 
 allow if {
     data.plugin == "resource"
-    data["resource-path"] == "default/aliyun/model-decryption-key"
+    data["resource-path"] == ["default", "aliyun", "model-decryption-key"]
     input.submods.cpu0["ear.status"] == "affirming"
+    input.submods.gpu0["ear.status"] == "affirming"
 }
 '''
 """The third layer of the key broker's policy: which facts release which resource."""

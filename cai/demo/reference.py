@@ -75,7 +75,12 @@ def write(
 ) -> None:
     """Write a policy that names exactly the simulated guest of this launch.json."""
     encoded = read_settings_file(launch, what="launch file")
-    policy = policy_for(reference_facts(sim, encoded), launch_digest=sha384(encoded).hexdigest())
+    # Nothing measures this guest's root disk, so it cannot be `sealed`; `operated` stays a residual
+    # risk in every verdict (docs/threat-model.md §4).
+    policy = policy_for(
+        reference_facts(sim, encoded), profile="operated",
+        launch_digest=sha384(encoded).hexdigest(),
+    )
     write_new(output, policy.decode("utf-8"))
     current().result({"policy": str(output), "simulated": True}, f"wrote {output} [SIMULATED]")
 

@@ -76,6 +76,7 @@ class Teller:
     def __init__(self, terminal: Terminal) -> None:
         self._console: Console | None = None if terminal.json_output else terminal.out
         self.acts: list[Act] = []
+        self.commands: list[list[str]] = []
 
     def title(self, text: str, below: str) -> None:
         """The opening."""
@@ -98,6 +99,7 @@ class Teller:
 
     def command(self, argv: Sequence[str]) -> None:
         """A command that runs now, as a person would type it."""
+        self.commands.append(list(argv))
         self._print(Padding(Text(f"$ {shlex.join(argv)}", style="cyan"), (0, 0, 0, 4)))
 
     def did(self, text: str, *, simulated: bool = False, detail: str = "") -> None:
