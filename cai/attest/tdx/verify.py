@@ -160,8 +160,8 @@ def _check_attributes(quote: Quote, checks: list[Check]) -> None:
     )  # fmt: skip
     # (5) SEPT_VE_DISABLE on, MIGRATABLE off, no reserved or untrusted bit.
     wrong = [
-        text
-        for bad, text in (
+        reason
+        for bad, reason in (
             (not attributes & SEPT_VE_DISABLE, "SEPT_VE_DISABLE is off"),
             (attributes & MIGRATABLE, "the guest can be migrated"),
             (attributes & ~(PERMITTED | MIGRATABLE | DEBUG), "an unknown attribute is set"),
