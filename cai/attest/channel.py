@@ -204,12 +204,7 @@ def verify_channel(
     bound += _gpu_checks(statement, evidence)
     checks = [*bound, *verdict.checks]
     if facts is not None:
-        facts = replace(
-            facts,
-            launch_digest=statement.launch_digest,
-            guest=dict(statement.guest_facts),
-            models=statement.models,
-        )
+        facts = facts.with_statement(statement)
         # Step 7: the owner's policy.
         checks += policy.appraise(facts)
     # Step 8: what this client expects.
