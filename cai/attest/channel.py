@@ -202,20 +202,14 @@ def verify_channel(
     )
     # Step 6: the reports are the ones that the statement names, and recent.
     bound += _gpu_checks(statement, evidence)
-    checks = [*bound, *verdict.checks]
+    verdict = replace(verdict, checks=(*bound, *verdict.checks), binding=Binding.SESSION)
     if facts is not None:
+        # Step 7: the owner's policy. The quote binds the statement, so its words are facts now.
         facts = facts.with_statement(statement)
-        # Step 7: the owner's policy.
-        checks += policy.appraise(facts)
+        verdict = policy.apply(verdict, facts)
     # Step 8: what this client expects.
-    checks += _expect_checks(statement, expect)
-    complete = replace(
-        verdict,
-        checks=tuple(checks),
-        binding=Binding.SESSION,
-        unsafe=tuple(dict.fromkeys((*verdict.unsafe, *policy.unsafe))),
-    )
-    return complete, facts if complete.passed else None
+    verdict = verdict.extended(_expect_checks(statement, expect))
+    return verdict, facts if verdict.passed else None
 
 
 def _session_check(
