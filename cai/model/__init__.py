@@ -1,1 +1,46 @@
-"""TODO owner."""
+"""Sealed models: one format behind the interface ``ModelTree`` (docs/spec-format.md).
+
+Example::
+
+    kek = new_key()
+    report = seal(Path("model"), Path("model.sealed"), kek)
+    with open_model(Path("model.sealed"), kek, expect_root=report.model_root) as model:
+        reader = model.open("config.json")
+"""
+
+from __future__ import annotations
+
+from cai.model.check import CheckReport, check
+from cai.model.content import content_root, content_root_of_tree
+from cai.model.keys import new_key, read_key_file, write_key_file
+from cai.model.manifest import Licence, Manifest
+from cai.model.record import Lease, ReleaseRecord
+from cai.model.seal import SealOptions, SealReport, seal
+from cai.model.sealed import SealedModel, open_model, read_header
+from cai.model.tree import Entry, EntryType, FileReader, ModelTree
+from cai.model.unseal import unseal
+
+__all__ = [
+    "CheckReport",
+    "Entry",
+    "EntryType",
+    "FileReader",
+    "Lease",
+    "Licence",
+    "Manifest",
+    "ModelTree",
+    "ReleaseRecord",
+    "SealOptions",
+    "SealReport",
+    "SealedModel",
+    "check",
+    "content_root",
+    "content_root_of_tree",
+    "new_key",
+    "open_model",
+    "read_header",
+    "read_key_file",
+    "seal",
+    "unseal",
+    "write_key_file",
+]

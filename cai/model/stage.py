@@ -1,0 +1,166 @@
+"""Output that appears whole or not at all: built beside its place, then renamed (spec-format §9).
+
+Everything is made in ``OUT.partial-<random>``, mode 0700. Any failure, Ctrl-C or SIGTERM removes
+it; a crash or a power cut leaves a name that no reader takes for a model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from cai.errors import CaiError, InputError, InputMissing, StorageError, UsageError, from_os_error
+
+
+class Stage:
+    """A directory in the making, to be used as a context manager.
+
+    Args:
+        out: where it shall appear; missing, or an empty directory.
+        mode: its permission bits in the end.
+
+    Attributes:
+        path: where to write meanwhile.
+
+    Raises:
+        UsageError: ``out`` is there already and is not an empty directory.
+        StorageError, NoSpace: the place cannot be written.
+    """
+
+    def __init__(self, out: Path, *, mode: int = 0o755) -> None:
+        # Not resolved: a last part that is a symbolic link must be seen as one.
+        self.out = out.parent.resolve() / out.name
+        self._shown = out
+        self._mode = mode
+        self._committed = False
+        self._refuse_occupied()
+        try:
+            made = tempfile.mkdtemp(prefix=f"{self.out.name}.partial-", dir=self.out.parent)
+        except OSError as error:
+            raise output_error(error, f"create {out}") from error
+        self.path = Path(made)
+
+    def commit(self, *, folders_synced: bool = False) -> None:
+        """Make every folder durable and let it all appear at its place.
+
+        Args:
+            folders_synced: the caller has synced all folders below, and perhaps closed them.
+
+        Raises:
+            StorageError, NoSpace, UsageError: it could not; nothing has appeared.
+        """
+        try:
+            if not folders_synced:
+                for directory, _, _ in os.walk(self.path, topdown=False):
+                    sync_directory(Path(directory))
+            sync_directory(self.path)
+            self.path.chmod(self._mode)
+            self._refuse_occupied()
+            self.path.rename(self.out)
+        except OSError as error:
+            raise output_error(error, f"create {self._shown}") from error
+        self._committed = True
+        try:
+            sync_directory(self.out.parent)
+        except OSError as error:
+            raise output_error(error, f"write {self._shown}") from error
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if not self._committed:
+            remove_tree(self.path)
+
+    def _refuse_occupied(self) -> None:
+        try:
+            mode = self.out.lstat().st_mode
+            free = stat.S_ISDIR(mode) and not any(self.out.iterdir())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise output_error(error, f"create {self._shown}") from error
+        if not free:
+            raise UsageError(
+                f"{self._shown} exists already and is not an empty directory",
+                hint="choose another output, or remove it first",
+            )
+
+
+def output_error(error: OSError, doing: str) -> CaiError:
+    """An ``OSError`` on an output: always of the storage family, whatever its number."""
+    translated = from_os_error(error, doing)
+    if isinstance(translated, InputMissing):
+        return StorageError(translated.message, hint="create the folder it shall stand in first")
+    if isinstance(translated, InputError):
+        return StorageError(translated.message, hint="check that its folder is a directory")
+    return translated
+
+
+def new_file(path: Path, *, mode: int = 0o644) -> int:
+    """Create a file that must not exist yet; the caller closes the descriptor.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    return os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+    )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole small file, durably.
+
+    Raises:
+        StorageError, NoSpace: it cannot be written.
+    """
+    try:
+        with os.fdopen(new_file(path), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise output_error(error, f"write {path.name}") from error
+
+
+def write_all(fd: int, views: list[memoryview], offset: int) -> None:
+    """Write every byte of the views at ``offset``, however often the system stops short.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    rest = views
+    while rest:
+        done = os.pwritev(fd, rest, offset)
+        offset += done
+        while rest and done >= len(rest[0]):
+            done -= len(rest[0])
+            rest = rest[1:]
+        if rest:
+            rest = [rest[0][done:], *rest[1:]]
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what was half-made, directories without write permission too; best effort."""
+    for directory, _, _ in os.walk(path):
+        try:
+            os.chmod(directory, 0o700)  # noqa: PTH101 - os.walk gives strings
+        except OSError:
+            continue
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable.
+
+    Raises:
+        OSError: the system refused.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
