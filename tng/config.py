@@ -1,0 +1,590 @@
+"""The configuration of `tng launch`: the supported part of TNG's schema, read strictly.
+
+The grammar is that of TNG (one mode key an entry, common keys beside it). What this version does
+not do is refused by name instead of being ignored; what stock TNG ignores silently is refused or
+warned about. The data classes are what the rest of the package works with.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from cai.attest.channel import Expectation
+from cai.errors import FormatError, LimitExceeded, SettingError
+from cai.settings import MAX_SETTINGS_FILE, Section, read_settings_file, suggestion
+from tng.filters import Filter, parse_filters
+
+MAX_ENTRIES = 64
+"""Most entries of one kind."""
+
+MAX_RULES = 256
+"""Most listeners of one mapping."""
+
+_LATER_MODES = {
+    "ingress": ("socks5", "netfilter", "hook", "mapping_udp", "netfilter_udp"),
+    "egress": ("netfilter", "hook", "mapping_udp", "netfilter_udp"),
+}
+_MODES = {"ingress": ("http_proxy", "mapping"), "egress": ("mapping",)}
+_LATER_KEYS = (
+    "no_ra", "ohttp", "encap_in_http", "decap_from_http", "rats_tls", "quic", "direct_forward",
+    "web_page_inject",
+)  # fmt: skip
+_LATER_TOP = ("metric", "metrics", "trace", "admin_bind")
+_LATER_VERIFY = (
+    "trusted_certs_paths", "verify_signer_transparency", "skip_as_token_cert_verify",
+    "attestation_policy", "reference_values", "as_is_grpc", "api_key", "ita_jwks_addr",
+)  # fmt: skip
+
+NOT_YET = "not in this version"
+"""What every refusal of a known but unsupported setting says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address to listen on; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpUpstream:
+    """A TCP target."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixUpstream:
+    """A Unix socket target."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+Upstream = TcpUpstream | UnixUpstream
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinVerify:
+    """Verification in this process (``as_type: builtin``).
+
+    Attributes:
+        policy: verification policy file (layer 2).
+        collateral: TDX collateral; ``None`` has none.
+        simulated_root: directory of ``unsafe_simulated_root``.
+        expect: what this client pins beyond the policy.
+    """
+
+    policy: Path
+    collateral: Path | None
+    simulated_root: Path | None
+    expect: Expectation
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceVerify:
+    """Verification by an attestation service (stock syntax).
+
+    Attributes:
+        as_addr: base URL, ends in ``/``.
+        policy_ids: policies that the service shall apply.
+        as_headers: headers for each of its requests.
+    """
+
+    as_addr: str
+    policy_ids: tuple[str, ...]
+    as_headers: tuple[tuple[str, str], ...]
+
+
+Verify = BuiltinVerify | ServiceVerify
+
+
+@dataclass(frozen=True, slots=True)
+class Attest:
+    """How an egress proves itself: the agent's channel socket."""
+
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class HttpProxyIngress:
+    """An HTTP proxy for clients of this machine."""
+
+    name: str
+    listen: Endpoint
+    filters: tuple[Filter, ...]
+    verify: Verify
+    padding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MappingIngress:
+    """Ports of this machine that lead to fixed attested peers."""
+
+    name: str
+    rules: tuple[tuple[Endpoint, TcpUpstream], ...]
+    verify: Verify
+    padding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EgressMapping:
+    """Attested ports that lead to upstreams of this guest."""
+
+    name: str
+    rules: tuple[tuple[Endpoint, Upstream], ...]
+    attest: Attest
+    padding: bool
+    unsafe: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything one `tng launch` does.
+
+    Attributes:
+        ingress: entries of ``add_ingress``.
+        egress: entries of ``add_egress``.
+        control: address of the control interface.
+        warnings: what was accepted but has no effect.
+    """
+
+    ingress: tuple[HttpProxyIngress | MappingIngress, ...]
+    egress: tuple[EgressMapping, ...]
+    control: Endpoint | None
+    warnings: tuple[str, ...]
+
+
+def load_content(text: str) -> Config:
+    """The configuration given on the command line, as JSON.
+
+    Raises:
+        SettingError, LimitExceeded: it is not a configuration of this version.
+    """
+    data = text.encode("utf-8", "surrogateescape")
+    return parse(_json(data, "--config-content"), where="--config-content")
+
+
+def load_file(path: Path) -> Config:
+    """The configuration of a file: YAML by its suffix (``.yaml``, ``.yml``), else JSON.
+
+    Raises:
+        InputMissing, StorageError: it cannot be read.
+        SettingError, LimitExceeded: it is not a configuration of this version.
+    """
+    data = read_settings_file(path, what="configuration")
+    yaml_file = path.suffix.lower() in (".yaml", ".yml")
+    value = _yaml(data, str(path)) if yaml_file else _json(data, str(path))
+    return parse(value, where=path.name)
+
+
+def parse(value: Any, *, where: str) -> Config:
+    """Read a parsed configuration strictly.
+
+    Raises:
+        SettingError: anything is unknown, missing, out of range, or not in this version.
+    """
+    if not isinstance(value, dict):
+        raise SettingError(f"{where}: expected an object with add_ingress or add_egress")
+    top = Section(value, where=where)
+    _refuse_later(top, _LATER_TOP)
+    warnings: list[str] = []
+    ingress = tuple(
+        _ingress(Section(entry, where=f"{where} add_ingress[{index}]"), index)
+        for index, entry in enumerate(_entries(top, "add_ingress"))
+    )
+    egress = tuple(
+        _egress(Section(entry, where=f"{where} add_egress[{index}]"), index, warnings)
+        for index, entry in enumerate(_entries(top, "add_egress"))
+    )
+    control = _control(top.section("control_interface"))
+    top.finish()
+    if not ingress and not egress:
+        raise SettingError(
+            f"{where}: nothing to do", hint="give at least one entry of add_ingress or add_egress"
+        )
+    return Config(ingress, egress, control, tuple(warnings))
+
+
+def _ingress(entry: Section, index: int) -> HttpProxyIngress | MappingIngress:
+    mode = _mode(entry, "ingress")
+    if entry.has("attest"):
+        raise SettingError(f"{entry.where}: attest (a client that proves itself) is {NOT_YET}")
+    verify = _verify(entry)
+    padding = _padding(entry)
+    body = entry.section(mode)
+    assert body is not None  # noqa: S101 - _mode has seen it
+    entry.finish()
+    name = f"ingress[{index}]"
+    if mode == "mapping":
+        rules = tuple((listen, _remote(target, body)) for listen, target in _rules(body))
+        return MappingIngress(name, rules, verify, padding)
+    listen_section = body.section("proxy_listen")
+    if listen_section is None:
+        raise SettingError(f"{body.where}: proxy_listen is missing", hint='give {"port": 41000}')
+    # Stock TNG listens on every interface by default; an open proxy is never meant.
+    listen = _endpoint(listen_section, default_host="127.0.0.1")
+    if body.has("dst_filters") and body.has("dst_filter"):
+        raise SettingError(f"{body.where}: dst_filters and dst_filter are the same setting")
+    raw = body.raw("dst_filters") if body.has("dst_filters") else body.raw("dst_filter")
+    filters = parse_filters(raw, where=f"{body.where}.dst_filters")
+    body.finish()
+    return HttpProxyIngress(name, listen, filters, verify, padding)
+
+
+def _remote(target: Upstream, body: Section) -> TcpUpstream:
+    if isinstance(target, TcpUpstream):
+        return target
+    raise SettingError(f"{body.where}: an ingress leads to a host and port, not to a Unix socket")
+
+
+def _egress(entry: Section, index: int, warnings: list[str]) -> EgressMapping:
+    mode = _mode(entry, "egress")
+    if entry.has("verify"):
+        raise SettingError(f"{entry.where}: verify (demanding proof of clients) is {NOT_YET}")
+    attest = _attest(entry, warnings)
+    padding = _padding(entry)
+    remote = entry.flag("unsafe_remote_upstream", default=False)
+    body = entry.section(mode)
+    assert body is not None  # noqa: S101 - _mode has seen it
+    entry.finish()
+    rules = tuple(_rules(body))
+    for _listen, upstream in rules:
+        if isinstance(upstream, TcpUpstream) and not _is_loopback(upstream.host) and not remote:
+            raise SettingError(
+                f"{body.where}: upstream {upstream} is not of this guest: it would get the "
+                "plain text over a network",
+                hint="use loopback or a Unix socket, or say unsafe_remote_upstream: true",
+            )
+    unsafe = ("unsafe_remote_upstream",) if remote else ()
+    return EgressMapping(f"egress[{index}]", rules, attest, padding, unsafe)
+
+
+def _mode(entry: Section, kind: str) -> str:
+    for later in _LATER_MODES[kind]:
+        if entry.has(later):
+            raise SettingError(
+                f"{entry.where}: mode {later} is {NOT_YET}",
+                hint=f"modes of this version: {', '.join(_MODES[kind])}",
+            )
+    _refuse_later(entry, _LATER_KEYS)
+    found = [mode for mode in _MODES[kind] if entry.has(mode)]
+    if len(found) != 1:
+        raise SettingError(
+            f"{entry.where}: {'more than one mode' if found else 'no mode'}",
+            hint=f"give exactly one of: {', '.join(_MODES[kind])}",
+        )
+    return found[0]
+
+
+def _refuse_later(section: Section, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = section.raw(name)
+        # An explicit "off" asks for nothing that this version would have to do.
+        if value is not None and value is not False:
+            raise SettingError(f"{section.where}: {name} is {NOT_YET}")
+
+
+def _padding(entry: Section) -> bool:
+    value = entry.text("padding", "bucket")
+    if value not in ("bucket", "off"):
+        raise SettingError(f"{entry.where}: padding is {value!r}, expected 'bucket' or 'off'")
+    return value == "bucket"
+
+
+def _verify(entry: Section) -> Verify:
+    verify = entry.section("verify")
+    if verify is None:
+        raise SettingError(
+            f"{entry.where}: verify is missing, and an ingress that checks nobody is {NOT_YET}",
+            hint='give {"as_type": "builtin", "policy": FILE}',
+        )
+    for name, only in (("model", "background_check"), ("as_provider", "coco")):
+        value = verify.text(name, only)
+        if value != only:
+            raise SettingError(f"{verify.where}: {name} {value!r} is {NOT_YET}")
+    _refuse_later(verify, _LATER_VERIFY)
+    kind = verify.text("as_type", "restful")
+    binding = verify.text("binding", "session")
+    if binding not in ("session", "auto"):
+        raise SettingError(
+            f"{verify.where}: binding {binding!r} is {NOT_YET}", hint="binding is 'session'"
+        )
+    if kind == "builtin":
+        return _builtin(verify)
+    if kind == "restful":
+        return _service(verify)
+    if kind == "grpc":
+        raise SettingError(f"{verify.where}: as_type 'grpc' is {NOT_YET}")
+    raise SettingError(
+        f"{verify.where}: as_type is {kind!r}, expected 'builtin' or 'restful'",
+        hint=suggestion(kind, ("builtin", "restful", "grpc")),
+    )
+
+
+def _builtin(verify: Section) -> BuiltinVerify:
+    if not verify.has("policy"):
+        raise SettingError(
+            f"{verify.where}: policy is missing, and without one nothing is accepted",
+            hint="give the verification policy file of the guest you expect",
+        )
+    expect = verify.section("expect")
+    result = BuiltinVerify(
+        policy=Path(verify.text("policy")),
+        collateral=Path(verify.text("collateral")) if verify.has("collateral") else None,
+        simulated_root=(
+            Path(verify.text("unsafe_simulated_root"))
+            if verify.has("unsafe_simulated_root")
+            else None
+        ),
+        expect=_expectation(expect) if expect else Expectation(),
+    )
+    verify.finish()
+    return result
+
+
+def _expectation(expect: Section) -> Expectation:
+    sizes = {"launch": 48, "owner": 32, "model_root": 32, "content_root": 32}
+    values = {name: expect.text(name, "") for name in (*sizes, "service")}
+    expect.finish()
+    for name, size in sizes.items():
+        # An empty value would read as "not asked": whoever names a member asks for it.
+        value = values[name]
+        if expect.has(name) and (
+            len(value) != 2 * size or not set(value) <= set("0123456789abcdef")
+        ):
+            raise SettingError(
+                f"{expect.where}: {name} must be {2 * size} lower-case hex digits"
+            )
+    if expect.has("service") and not values["service"]:
+        raise SettingError(f"{expect.where}: service must not be empty")
+    return Expectation(**values)
+
+
+def _service(verify: Section) -> ServiceVerify:
+    address = verify.text("as_addr")
+    parts = _url(address)
+    if parts is None:
+        raise SettingError(f"{verify.where}: as_addr {address!r} is not an http or https URL")
+    if not verify.has("policy_ids"):
+        raise SettingError(
+            f"{verify.where}: policy_ids is missing", hint='give ["default"], or [] for any policy'
+        )
+    policies = tuple(verify.texts("policy_ids"))
+    headers = verify.raw("as_headers") or {}
+    if not isinstance(headers, dict) or not all(isinstance(v, str) for v in headers.values()):
+        raise SettingError(f"{verify.where}: as_headers must map names to strings")
+    verify.finish()
+    base = address if address.endswith("/") else address + "/"
+    return ServiceVerify(base, policies, tuple(sorted(headers.items())))
+
+
+def _attest(entry: Section, warnings: list[str]) -> Attest:
+    attest = entry.section("attest")
+    if attest is None:
+        raise SettingError(
+            f"{entry.where}: attest is missing, and an egress that proves nothing is {NOT_YET}",
+            hint='give {"aa_addr": "unix:///path/to/channel.sock"}',
+        )
+    _refuse_later(attest, ("no_ra",))
+    for name, only in (
+        ("model", "background_check"), ("aa_provider", "coco"), ("aa_type", "uds"),
+    ):  # fmt: skip
+        value = attest.text(name, only)
+        if value != only:
+            raise SettingError(f"{attest.where}: {name} {value!r} is {NOT_YET}")
+    if attest.has("refresh_interval"):
+        warnings.append(
+            f"{attest.where}: refresh_interval has no effect: every session is proven anew"
+        )
+    address = attest.text("aa_addr")
+    if not address.startswith("unix:///"):
+        raise SettingError(
+            f"{attest.where}: aa_addr is {address!r}", hint="it starts with unix:///"
+        )
+    attest.finish()
+    return Attest(Path(address.removeprefix("unix://")))
+
+
+def _control(control: Section | None) -> Endpoint | None:
+    if control is None:
+        return None
+    if control.has("ttrpc"):
+        raise SettingError(f"{control.where}: ttrpc is {NOT_YET}", hint="use restful")
+    restful = control.section("restful")
+    control.finish()
+    if restful is None:
+        raise SettingError(f"{control.where}: restful is missing", hint='give {"port": 50000}')
+    return _endpoint(restful, default_host="127.0.0.1")
+
+
+def _rules(body: Section) -> list[tuple[Endpoint, Upstream]]:
+    """Both forms of a mapping: ``rules`` and the single pair; port ranges become single ports."""
+    if body.has("rules"):
+        if body.has("in") or body.has("out"):
+            raise SettingError(f"{body.where}: give rules, or in and out, not both")
+        raw = body.raw("rules")
+        if not isinstance(raw, list) or not raw:
+            raise SettingError(f"{body.where}: rules must be a list of at least one rule")
+        sections = [
+            Section(rule, where=f"{body.where}.rules[{index}]") for index, rule in enumerate(raw)
+        ]
+    else:
+        sections = [body]
+    body.finish()
+    rules: list[tuple[Endpoint, Upstream]] = []
+    for section in sections:
+        rules += _rule(section)
+        section.finish()
+    listens = [listen for listen, _target in rules if listen.port]
+    if len(rules) > MAX_RULES:
+        raise SettingError(f"{body.where}: {len(rules)} ports, at most {MAX_RULES}")
+    if len(set(listens)) != len(listens):
+        raise SettingError(f"{body.where}: two rules listen on the same address")
+    return rules
+
+
+def _rule(section: Section) -> list[tuple[Endpoint, Upstream]]:
+    inside, outside = section.section("in"), section.section("out")
+    if inside is None or outside is None:
+        raise SettingError(f"{section.where}: a rule has in and out")
+    in_last = _port(inside, "port_end") if inside.has("port_end") else None
+    listen = _endpoint(inside, default_host="0.0.0.0")  # noqa: S104 - TNG's default for mappings
+    if outside.has("unix"):
+        path = Path(outside.text("unix"))
+        outside.finish()
+        if in_last is not None or not path.is_absolute():
+            raise SettingError(f"{outside.where}: unix is one absolute path for one port")
+        return [(listen, UnixUpstream(path))]
+    out_last = _port(outside, "port_end") if outside.has("port_end") else None
+    target = _endpoint(outside, default_host=None)
+    if target.port == 0:
+        raise SettingError(f"{outside.where}: port 0 is no target")
+    return list(_ranges(section, listen, in_last, target, out_last))
+
+
+def _ranges(
+    section: Section, listen: Endpoint, in_last: int | None, target: Endpoint, out_last: int | None
+) -> list[tuple[Endpoint, Upstream]]:
+    count = (in_last if in_last is not None else listen.port) - listen.port + 1
+    out_count = (out_last if out_last is not None else target.port) - target.port + 1
+    if not 1 <= count <= MAX_RULES or count != out_count or (count > 1 and not listen.port):
+        raise SettingError(f"{section.where}: port ranges of in and out must have the same size")
+    return [
+        (Endpoint(listen.host, listen.port + step), TcpUpstream(target.host, target.port + step))
+        for step in range(count)
+    ]
+
+
+def _endpoint(section: Section, *, default_host: str | None) -> Endpoint:
+    host = section.text("host", default_host)
+    port = _port(section, "port")
+    section.finish()
+    if not host or len(host) > 253 or not host.isprintable() or " " in host or "/" in host:
+        raise SettingError(f"{section.where}: host {host!r} is not a name or address")
+    return Endpoint(host, port)
+
+
+def _port(section: Section, name: str) -> int:
+    return section.integer(name, least=0, most=65535, unit="(a port)")
+
+
+def _entries(top: Section, name: str) -> list[Any]:
+    if name not in top._values:
+        return []
+    raw = top.raw(name)
+    if not isinstance(raw, list) or len(raw) > MAX_ENTRIES:
+        raise SettingError(f"{top.where}: {name} must be a list of at most {MAX_ENTRIES} entries")
+    return raw
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _url(text: str) -> Any:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    plain = text.isprintable() and not parts.query and not parts.fragment and not parts.username
+    return parts if usable and plain and " " not in text else None
+
+
+def _json(data: bytes, where: str) -> Any:
+    if len(data) > MAX_SETTINGS_FILE:
+        raise LimitExceeded(f"{where}: more than {MAX_SETTINGS_FILE} bytes")
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (FormatError, RecursionError) as error:
+        raise SettingError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise SettingError(
+            f"{where}: not JSON ({error})", hint="the file's suffix .yaml or .yml selects YAML"
+        ) from error
+
+
+def _yaml(data: bytes, where: str) -> Any:
+    try:
+        return yaml.load(data, Loader=_UniqueLoader)  # noqa: S506 - derived from SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = " ".join(str(error).split())
+        raise SettingError(f"{where}: not YAML ({text})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise FormatError(f"duplicate member {name!r}")
+        result[name] = value
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise FormatError(f"{text} is not JSON")
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, which can make a small file huge."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002
+        """Refuse duplicate keys and keys that are not strings."""
+        seen: set[str] = set()
+        for key_node, _value in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                raise yaml.YAMLError(f"duplicate or non-text key {key!r}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)

@@ -1,0 +1,284 @@
+"""A TLS session over a socket: ciphertext on the asyncio side, frames on the other.
+
+The edge between the sans-I/O parts (``tng.tls``, ``tng.frames``) and the network. It also tells a
+peer that proves nothing (plain text, another TLS, silence) from one that cannot be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+
+from OpenSSL import SSL
+
+from cai.errors import PeerError, PeerUnreachable, PeerWithoutEvidence
+from tng.frames import Code, Frame, FrameDecoder, FrameType, encode, padding_for, reason
+from tng.tls import TLS_HANDSHAKE, TlsSession
+
+CONNECT_TIMEOUT_S = 5.0
+"""Longest wait for a TCP connection, seconds."""
+
+TLS_TIMEOUT_S = 5.0
+"""Longest TLS handshake, first byte of the peer included, seconds."""
+
+MAX_UNSENT_CONTROL = 1024 * 1024
+"""Most unsent bytes when a control frame is added without waiting; beyond them the link ends."""
+
+_READ_SIZE = 64 * 1024
+
+PLAIN_REQUEST_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\n"
+    b"content-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 127\r\n"
+    b"connection: close\r\n\r\n"
+    b"this port answers attested TLS (cai/1) only; ask through a tng ingress, "
+    b"for example http_proxy=http://127.0.0.1:41000 curl ...\n"
+)
+"""What a plain request to an egress port gets (spec-channel §8)."""
+
+
+class PlainRequest(PeerError):
+    """A client of an egress sends something that is not TLS."""
+
+    code = "plain-request"
+
+
+class Link:
+    """One end of an established TLS session.
+
+    Args:
+        reader: ciphertext in.
+        writer: ciphertext out.
+        tls: the session, its handshake done.
+        padding: whether DATA frames are padded to a bucket.
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        tls: TlsSession,
+        *,
+        padding: bool,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._tls = tls
+        self._padding = padding
+        self._decoder = FrameDecoder()
+        self._frames: deque[Frame] = deque()
+        self._closed = False
+
+    @property
+    def tls(self) -> TlsSession:
+        """The session, for its exporter and the peer's key."""
+        return self._tls
+
+    async def next_frame(self) -> Frame:
+        """The next frame of the peer.
+
+        Raises:
+            PeerError: the session has ended.
+            FormatError: the peer breaks the framing.
+        """
+        while not self._frames:
+            data = await self._read()
+            self._take(self._tls.receive(data))
+            # A key update asks for an answer that only TLS knows of.
+            self._flush()
+        return self._frames.popleft()
+
+    async def send(self, frame: Frame) -> None:
+        """Send a frame and wait until the socket takes more.
+
+        Raises:
+            PeerError: the session has ended.
+        """
+        self._put(frame)
+        try:
+            await self._writer.drain()
+        except OSError as error:
+            raise PeerError("the connection broke") from error
+
+    def send_soon(self, frame: Frame) -> None:
+        """Send a control frame without waiting; the reading side may never wait for writing.
+
+        Raises:
+            PeerError: the session has ended, or the peer takes nothing any more.
+        """
+        self._put(frame)
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_CONTROL:
+            self.abort()
+            raise PeerError("the peer does not take what it asks for")
+
+    async def refuse(self, code: Code, text: str) -> None:
+        """Say why, then close; a peer that is gone already is none the wiser."""
+        with contextlib.suppress(PeerError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self.send(Frame(FrameType.REFUSE, 0, reason(code, text)))
+        self.close()
+
+    def close(self) -> None:
+        """Close politely: close_notify, then the socket."""
+        if self._closed:
+            return
+        self._closed = True
+        self._tls.close()
+        if not self._writer.is_closing():
+            self._writer.write(self._tls.outgoing())
+            self._writer.close()
+
+    def abort(self) -> None:
+        """Drop the socket at once."""
+        self._closed = True
+        self._writer.transport.abort()
+
+    def _put(self, frame: Frame) -> None:
+        if self._closed or self._writer.is_closing():
+            raise PeerError("the session has ended")
+        data = encode(frame)
+        if self._padding and frame.type is FrameType.DATA:
+            data += padding_for(len(data))
+        self._tls.send(data)
+        self._flush()
+
+    def _take(self, plaintext: bytes) -> None:
+        if plaintext:
+            self._frames.extend(self._decoder.feed(plaintext))
+
+    def _flush(self) -> None:
+        ciphertext = self._tls.outgoing()
+        if ciphertext:
+            self._writer.write(ciphertext)
+
+    async def _read(self) -> bytes:
+        try:
+            data = await self._reader.read(_READ_SIZE)
+        except OSError as error:
+            raise PeerError("the connection broke") from error
+        if not data:
+            raise PeerError("the peer closed the connection")
+        return data
+
+    async def shake(self, first: bytes) -> None:
+        """Run the TLS handshake; ``first`` is what has been read already.
+
+        Raises:
+            PeerWithoutEvidence: the peer's TLS is not that of spec-channel §2.
+            PeerError: the connection ended.
+        """
+        try:
+            data = first
+            while True:
+                if data:
+                    self._take(self._tls.receive(data))
+                self._flush()
+                if self._tls.established:
+                    return
+                data = await self._read()
+        finally:
+            # The alert that says why must leave, also when receive() raised.
+            if not self._writer.is_closing():
+                self._flush()
+
+
+async def dial(
+    address: str,
+    port: int,
+    context: SSL.Context,
+    *,
+    server_name: str | None,
+    padding: bool,
+) -> Link:
+    """Connect to a peer and run the TLS handshake.
+
+    Args:
+        address: IP address, resolved and checked before.
+        port: TCP port.
+        context: of ``tng.tls.client_context``.
+        server_name: SNI, for a destination given by name.
+        padding: whether DATA frames are padded.
+
+    Raises:
+        PeerUnreachable: nothing answers there.
+        PeerWithoutEvidence: something answers, but not in TLS with ``cai/1``.
+    """
+    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(address, port)
+    except TimeoutError as error:
+        raise PeerUnreachable(f"peer {where} does not answer within {CONNECT_TIMEOUT_S:g} s") from (
+            error
+        )
+    except OSError as error:
+        raise PeerUnreachable(
+            f"peer {where} cannot be reached: {error.strerror or error}",
+            hint="check the address, and that the tng egress is running there",
+        ) from error
+    tls = TlsSession(context, server=False, server_name=server_name)
+    link = Link(reader, writer, tls, padding=padding)
+    try:
+        tls.start()
+        async with asyncio.timeout(TLS_TIMEOUT_S):
+            await link.shake(b"")
+    except TimeoutError as error:
+        link.abort()
+        raise _no_evidence(where, f"it did not answer TLS within {TLS_TIMEOUT_S:g} s") from error
+    except PeerError as error:
+        link.abort()
+        raise _no_evidence(where, error.message) from error
+    except BaseException:
+        link.abort()
+        raise
+    return link
+
+
+async def accept(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    context: SSL.Context,
+    *,
+    padding: bool,
+) -> Link:
+    """Run the TLS handshake with a client that has connected.
+
+    Raises:
+        PlainRequest: it sent something else than TLS; it has been told so.
+        PeerError: it did not complete the handshake.
+    """
+    tls = TlsSession(context, server=True)
+    link = Link(reader, writer, tls, padding=padding)
+    try:
+        async with asyncio.timeout(TLS_TIMEOUT_S):
+            first = await reader.read(_READ_SIZE)
+            if not first:
+                raise PeerError("the client connected and left")
+            if first[0] != TLS_HANDSHAKE:
+                await _answer_plain(writer)
+                raise PlainRequest("a plain request came to an attested port")
+            await link.shake(first)
+    except TimeoutError as error:
+        link.abort()
+        raise PeerError(f"no TLS handshake within {TLS_TIMEOUT_S:g} s") from error
+    except OSError as error:
+        link.abort()
+        raise PeerError("the connection broke") from error
+    except BaseException:
+        writer.close()
+        raise
+    return link
+
+
+async def _answer_plain(writer: asyncio.StreamWriter) -> None:
+    writer.write(PLAIN_REQUEST_ANSWER)
+    with contextlib.suppress(OSError):
+        await writer.drain()
+
+
+def _no_evidence(where: str, why: str) -> PeerWithoutEvidence:
+    return PeerWithoutEvidence(
+        f"peer {where} answers without evidence: {why}",
+        hint="only a tng egress with `attest` proves itself; check host and port",
+    )

@@ -1,0 +1,263 @@
+"""The attested peers of one ingress entry: dialling, judging, and one shared channel for each.
+
+A channel belongs to (entry, destination, policy, expectation): every entry has its own ``Peers``,
+whose judge holds policy and expectation, and the pool is keyed by destination (decisions §7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from cai.attest.verdict import Verdict
+from cai.errors import CaiError, PeerError, PeerUnreachable, Refused
+from tng.channel import Channel, Stream
+from tng.config import ServiceVerify, Verify
+from tng.destination import Destination, resolve
+from tng.filters import Filter
+from tng.journal import Journal
+from tng.link import Link, dial
+from tng.session import demand_proof
+from tng.tls import client_context
+from tng.verify_peer import AppraisalElsewhere, BuiltinJudge, Proven, probe_service
+
+MAX_PEERS = 256
+"""Most destinations of one entry with a channel or a remembered verdict."""
+
+
+@dataclass
+class PeerState:
+    """What is known of one destination.
+
+    Attributes:
+        channel: to open streams on, if there is one.
+        proven: verdict behind that channel.
+        dialling: the attempt in progress, shared by every request that waits for it.
+        verdict: the last verdict, passed or not.
+        error: why the last attempt failed.
+        at: when that was.
+    """
+
+    channel: Channel | None = None
+    proven: Proven | None = None
+    dialling: asyncio.Task[tuple[Channel, Proven]] | None = None
+    verdict: Verdict | None = None
+    error: CaiError | None = None
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def to_json(self) -> dict[str, object]:
+        """The state as the control interface shows it."""
+        return {
+            "connected": self.channel is not None and self.channel.usable,
+            "streams": self.channel.streams if self.channel else 0,
+            "verdict": self.verdict.to_json() if self.verdict else None,
+            "error": self.error.to_json() if self.error else None,
+            "at": self.at.isoformat(timespec="seconds"),
+        }
+
+
+class Peers:
+    """Channels to the peers of one entry.
+
+    Args:
+        name: of the entry.
+        verify: its ``verify``.
+        filters: its destination filters.
+        padding: whether DATA frames are padded.
+        journal: where its lines go.
+        own: gives the addresses that this process listens on.
+
+    Raises:
+        CaiError: a file that ``verify`` names is missing or malformed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        verify: Verify,
+        *,
+        filters: Sequence[Filter],
+        padding: bool,
+        journal: Journal,
+        own: Callable[[], Iterable[tuple[str, int]]],
+    ) -> None:
+        self._name = name
+        self._verify = verify
+        self._judge = None if isinstance(verify, ServiceVerify) else BuiltinJudge(verify)
+        self._filters = filters
+        self._padding = padding
+        self._journal = journal
+        self._own = own
+        self._context = client_context()
+        self._peers: dict[Destination, PeerState] = {}
+        self._retired: set[Channel] = set()
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+        return self._judge.unsafe if self._judge else ()
+
+    async def open(self, destination: Destination) -> tuple[Stream, Proven]:
+        """A stream to a proven peer.
+
+        Raises:
+            DestinationRefused: the address may not be gone to.
+            PeerUnreachable, PeerWithoutEvidence, EvidenceRefused, CaiError: no proven channel.
+        """
+        for attempt in (1, 2):
+            channel, proven = await self._channel(destination)
+            try:
+                return await channel.open(), proven
+            except PeerError:
+                # The channel ended between being found and being used: one new one.
+                if attempt == 2:
+                    raise
+        raise AssertionError("unreachable")
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+        return {
+            "verify": "builtin" if self._judge else "attestation service",
+            "unsafe": list(self.unsafe),
+            "peers": {str(where): state.to_json() for where, state in self._peers.items()},
+        }
+
+    def leave(self) -> None:
+        """Take no new streams on any channel."""
+        for channel in self._channels():
+            channel.leave()
+
+    async def close(self) -> None:
+        """End every channel and attempt now."""
+        for state in self._peers.values():
+            if state.dialling:
+                state.dialling.cancel()
+        for channel in self._channels():
+            await channel.close()
+
+    def _channels(self) -> list[Channel]:
+        current = [state.channel for state in self._peers.values() if state.channel]
+        return [*current, *self._retired]
+
+    async def _channel(self, destination: Destination) -> tuple[Channel, Proven]:
+        state = self._state(destination)
+        if state.channel and state.proven and state.channel.usable:
+            return state.channel, state.proven
+        if state.dialling is None:
+            state.dialling = asyncio.create_task(self._attempt(destination, state))
+        # Shielded: a request that gives up must not take the attempt from the others.
+        return await asyncio.shield(state.dialling)
+
+    def _state(self, destination: Destination) -> PeerState:
+        state = self._peers.get(destination)
+        if state is None:
+            self._make_room()
+            state = self._peers[destination] = PeerState()
+        return state
+
+    def _make_room(self) -> None:
+        for destination, state in list(self._peers.items()):
+            if len(self._peers) < MAX_PEERS:
+                return
+            if state.dialling is None and not (state.channel and state.channel.streams):
+                del self._peers[destination]
+                if state.channel:
+                    state.channel.leave()
+                    self._retire(state.channel)
+        if len(self._peers) >= MAX_PEERS:
+            raise PeerUnreachable(f"{MAX_PEERS} peers are in use already")
+
+    async def _attempt(
+        self, destination: Destination, state: PeerState
+    ) -> tuple[Channel, Proven]:
+        try:
+            channel, proven = await self._dial(destination)
+        except CaiError as error:
+            state.error, state.at = error, datetime.now(UTC)
+            if isinstance(error, Refused) and error.verdict is not None:
+                state.verdict = error.verdict
+            raise
+        else:
+            if state.channel:
+                self._retire(state.channel)
+            state.channel, state.proven, state.verdict = channel, proven, proven.verdict
+            state.error, state.at = None, datetime.now(UTC)
+            return channel, proven
+        finally:
+            state.dialling = None
+
+    def _retire(self, channel: Channel) -> None:
+        """Keep a replaced channel until its streams have ended."""
+        self._retired.add(channel)
+        task = asyncio.create_task(channel.wait_closed())
+        task.add_done_callback(lambda _task: self._retired.discard(channel))
+        if not channel.busy:
+            channel.leave()
+
+    async def _dial(self, destination: Destination) -> tuple[Channel, Proven]:
+        judge = self._judge
+        if judge is None:
+            raise await self._explain(destination)
+        link = await self._link(destination)
+        subject = f"guest at {destination}"
+        proven = await demand_proof(link, lambda claim: judge.judge(claim, subject))
+        mark = ", SIMULATED" if proven.verdict.simulated else ""
+        self._journal.line(
+            f"{self._name} {destination} proven: {len(proven.verdict.checks)} checks{mark}"
+        )
+        return Channel(link, max_age_s=proven.max_age_s), proven
+
+    async def _link(self, destination: Destination) -> Link:
+        address = await resolve(destination, self._filters, self._own())
+        name = None if _is_literal(destination.host) else destination.host
+        return await dial(
+            address,
+            destination.port,
+            self._context,
+            server_name=name,
+            padding=self._padding,
+        )
+
+    async def _explain(self, destination: Destination) -> CaiError:
+        """Everything that is wrong with asking this peer through an attestation service."""
+        assert isinstance(self._verify, ServiceVerify)  # noqa: S101 - by __init__
+        # Refused destinations are refused before anybody is asked anything.
+        probe = asyncio.create_task(probe_service(self._verify))
+        found: list[CaiError] = []
+        try:
+            link = await self._link(destination)
+            link.close()
+        except PeerError as error:
+            found.append(error)
+        except BaseException:
+            probe.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await probe
+            raise
+        service_error = await probe
+        if service_error is not None:
+            found.append(service_error)
+        if not found:
+            return AppraisalElsewhere(
+                f"peer {destination} offers evidence, but its appraisal by the attestation service "
+                f"{self._verify.as_addr} is not in this version",
+                hint='let this gateway verify: {"as_type": "builtin", "policy": FILE}',
+            )
+        if len(found) == 1:
+            return found[0]
+        hints = [error.hint for error in found if error.hint]
+        return type(found[0])(
+            "; ".join(error.message for error in found), hint="; ".join(hints) or None
+        )
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

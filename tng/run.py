@@ -1,0 +1,45 @@
+"""A gateway as a process: ready line, signals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from cai.terminal import Terminal
+from tng.config import Config
+from tng.journal import Journal
+from tng.service import Gateway
+
+SIGTERM_STATUS = 143
+SIGINT_STATUS = 130
+
+
+async def run(config: Config, terminal: Terminal) -> int:
+    """Run until a signal, then drain; a second signal ends at once.
+
+    Returns:
+        Exit status of the signal.
+
+    Raises:
+        CaiError: the gateway cannot start.
+    """
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Queue[int] = asyncio.Queue()
+    for number, status in ((signal.SIGTERM, SIGTERM_STATUS), (signal.SIGINT, SIGINT_STATUS)):
+        loop.add_signal_handler(number, stopped.put_nowait, status)
+    gateway = Gateway(config, Journal())
+    listen = await gateway.start()
+    for name in gateway.unsafe:
+        terminal.warn(f"{name} is in force: nothing that rests on it speaks of real hardware")
+    addresses = "\n".join(f"{name} listens on {', '.join(where)}" for name, where in listen.items())
+    terminal.result({"ready": True, "listen": listen, "unsafe": list(gateway.unsafe)}, addresses)
+    status = await stopped.get()
+    terminal.say("stopping: running requests may end")
+    draining = asyncio.create_task(gateway.drain())
+    again = asyncio.create_task(stopped.get())
+    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not draining.done():
+        await gateway.close()
+        draining.cancel()
+    return status

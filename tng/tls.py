@@ -1,0 +1,232 @@
+"""TLS 1.3 of a `cai/1` session over memory buffers (spec-channel §2).
+
+The standard library has no exporter, so pyOpenSSL does the TLS. Certificates are checked for one
+thing only, a P-256 key: the proof of §4 binds that key, and nothing else in a certificate counts.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+
+from cai.errors import PeerError, PeerWithoutEvidence
+from tng.handshake import EXPORTER_LABEL, EXPORTER_SIZE
+
+ALPN: Final = b"cai/1"
+"""The only application protocol that is offered and accepted."""
+
+TLS_HANDSHAKE = 0x16
+"""First byte of every TLS connection: content type handshake (RFC 8446 §5.1)."""
+
+_READ_SIZE = 65536
+
+_TLS_1_3 = 0x0304
+"""Protocol version number (RFC 8446 §4.2.1)."""
+
+
+class _NoCommonProtocol(Exception):
+    """Raised inside the ALPN callback, which makes OpenSSL send alert 120 and end the handshake."""
+
+
+class ChannelKey:
+    """A P-256 key with its self-signed certificate; lives in this process's memory only."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cai/1")])
+        now = dt.datetime.now(dt.UTC)
+        self._certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(self._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=3650))
+            .sign(self._key, hashes.SHA256())
+        )
+        self.spki: bytes = _spki(self._key.public_key())
+
+    def __repr__(self) -> str:
+        return "<channel key>"
+
+    def install(self, context: SSL.Context) -> None:
+        """Make a context present this key."""
+        context.use_privatekey(self._key)
+        context.use_certificate(self._certificate)
+
+
+def server_context(key: ChannelKey) -> SSL.Context:
+    """The context of an egress: TLS 1.3, ALPN ``cai/1`` or alert 120, nothing to resume."""
+    context = _context()
+    key.install(context)
+    context.set_alpn_select_callback(_select)
+    return context
+
+
+def client_context() -> SSL.Context:
+    """The context of an ingress. Any certificate passes here: the proof decides."""
+    context = _context()
+    context.set_alpn_protos([ALPN])
+    return context
+
+
+class TlsSession:
+    """One end of one TLS session; bytes in, bytes out.
+
+    Args:
+        context: of ``server_context`` or ``client_context``.
+        server: which end this is.
+        server_name: SNI of the client's end; none for an IP address.
+    """
+
+    def __init__(
+        self, context: SSL.Context, *, server: bool, server_name: str | None = None
+    ) -> None:
+        self._tls = SSL.Connection(context, None)
+        if server:
+            self._tls.set_accept_state()
+        else:
+            self._tls.set_connect_state()
+            if server_name:
+                self._tls.set_tlsext_host_name(server_name.encode("ascii", "ignore"))
+        self.established = False
+
+    def start(self) -> None:
+        """Make the client's first flight."""
+        self._advance()
+
+    def receive(self, data: bytes) -> bytes:
+        """Take ciphertext, return the plaintext that it completes.
+
+        Raises:
+            PeerWithoutEvidence: the peer does TLS, but not as spec-channel §2 demands.
+            PeerError: the session is broken, or the peer has closed it.
+        """
+        self._tls.bio_write(data)
+        if not self.established:
+            self._advance()
+        if not self.established:
+            return b""
+        parts: list[bytes] = []
+        while True:
+            try:
+                parts.append(self._tls.recv(_READ_SIZE))
+            except SSL.WantReadError:
+                return b"".join(parts)
+            except SSL.ZeroReturnError as error:
+                if parts:
+                    # What came before the close is still delivered; the close is met again.
+                    return b"".join(parts)
+                raise PeerError("the peer closed the session") from error
+            except SSL.Error as error:
+                raise PeerError(f"TLS: {_describe(error)}") from error
+
+    def send(self, data: bytes) -> None:
+        """Encrypt; ``outgoing`` then has the ciphertext.
+
+        Raises:
+            PeerError: the session is broken.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._tls.send(view) :]
+        except SSL.Error as error:
+            raise PeerError(f"TLS: {_describe(error)}") from error
+
+    def outgoing(self) -> bytes:
+        """Ciphertext to put on the wire."""
+        parts: list[bytes] = []
+        while True:
+            try:
+                parts.append(self._tls.bio_read(_READ_SIZE))
+            except SSL.WantReadError:
+                return b"".join(parts)
+            except SSL.Error:
+                return b"".join(parts)
+
+    def close(self) -> None:
+        """Make a close_notify, if the session can still say so."""
+        try:
+            self._tls.shutdown()
+        except SSL.Error:
+            return
+
+    def export(self, context: bytes) -> bytes:
+        """The session's exporter value under the channel's label (spec-channel §4 step 3)."""
+        return self._tls.export_keying_material(EXPORTER_LABEL, EXPORTER_SIZE, context)
+
+    def peer_spki(self) -> bytes:
+        """DER SubjectPublicKeyInfo of the certificate that the peer presented.
+
+        Raises:
+            PeerWithoutEvidence: no certificate, or its key is not on P-256.
+        """
+        certificate = self._tls.get_peer_certificate(as_cryptography=True)
+        try:
+            key = certificate.public_key() if certificate else None
+        except (ValueError, TypeError) as error:
+            raise PeerWithoutEvidence("the peer's certificate cannot be read") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+            raise PeerWithoutEvidence("the peer's certificate holds no P-256 key")
+        return _spki(key)
+
+    def _advance(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except SSL.WantReadError:
+            return
+        except _NoCommonProtocol as error:
+            raise PeerWithoutEvidence("the peer offers TLS without cai/1") from error
+        except SSL.Error as error:
+            raise _handshake_error(error) from error
+        # A peer without ALPN passes OpenSSL's own handshake; here it does not.
+        if self._tls.get_alpn_proto_negotiated() != ALPN:
+            raise PeerWithoutEvidence("the peer speaks TLS, but not cai/1")
+        if self._tls.get_protocol_version() != _TLS_1_3:
+            raise PeerWithoutEvidence("the peer speaks an older TLS")
+        self.established = True
+
+
+def _context() -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_max_proto_version(SSL.TLS1_3_VERSION)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+    # Tickets are sent in spite of OP_NO_TICKET; without a cache none of them resumes anything.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    return context
+
+
+def _select(_connection: SSL.Connection, offered: Sequence[bytes]) -> bytes:
+    if ALPN not in offered:
+        raise _NoCommonProtocol
+    return ALPN
+
+
+def _spki(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _handshake_error(error: SSL.Error) -> PeerError:
+    text = _describe(error)
+    if "wrong version number" in text or "packet length too long" in text or "http" in text:
+        return PeerWithoutEvidence("the peer answers in plain text, not in TLS")
+    return PeerWithoutEvidence(f"the peer does not complete the TLS handshake ({text})")
+
+
+def _describe(error: SSL.Error) -> str:
+    """OpenSSL's own reason: the last entry of its error queue, or what the system said."""
+    queue = error.args[0] if error.args else None
+    if isinstance(queue, list) and queue:
+        return str(queue[-1][-1]) or "unknown error"
+    return str(error.args[-1]) if error.args else "unknown error"

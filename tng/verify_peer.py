@@ -1,0 +1,152 @@
+"""Who judges a peer's evidence: this process, or (later) an attestation service.
+
+A judge turns the claim of a handshake into a verdict and raises when it does not pass. It runs the
+pure verification in a worker thread, because a quote takes milliseconds of CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import httpx
+
+from cai import jcs
+from cai.attest.anchors import simulated_anchors, vendor_anchors
+from cai.attest.channel import MAX_GPU_AGE_S, ChannelEvidence, verify_channel
+from cai.attest.policy import VerificationPolicy
+from cai.attest.statement import ChannelStatement
+from cai.attest.tdx.collateral import CollateralStore, load_collateral
+from cai.attest.verdict import Verdict
+from cai.errors import PeerError, PeerUnreachable
+from cai.settings import read_settings_file
+from tng.channel import MAX_SESSION_AGE_S
+from tng.config import BuiltinVerify, ServiceVerify
+from tng.handshake import Claim
+
+MIN_SESSION_AGE_S = 5.0
+"""A session may open streams for at least this long after its proof, seconds, so that the request
+that asked for it is served even when the GPU evidence was just young enough."""
+
+SERVICE_TIMEOUT_S = 5.0
+"""Longest wait for an attestation service to answer, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """A peer that passed.
+
+    Attributes:
+        verdict: every check.
+        max_age_s: how long its session may open streams, from now, seconds.
+    """
+
+    verdict: Verdict
+    max_age_s: float
+
+
+class BuiltinJudge:
+    """Verification in this process against pinned roots and the owner's policy.
+
+    Args:
+        settings: the ``verify`` of an entry; its files are read now, once.
+
+    Raises:
+        CaiError: a file is missing or malformed.
+    """
+
+    def __init__(self, settings: BuiltinVerify) -> None:
+        data = read_settings_file(settings.policy, what="verification policy")
+        self._policy = VerificationPolicy.parse(data, where=settings.policy.name)
+        self._expect = settings.expect
+        self._anchors = (
+            simulated_anchors(settings.simulated_root)
+            if settings.simulated_root
+            else vendor_anchors()
+        )
+        self._collateral = (
+            load_collateral(settings.collateral)
+            if settings.collateral
+            else CollateralStore.empty()
+        )
+
+    @property
+    def key(self) -> str:
+        """What a verdict of this judge depends on besides the peer: policy and expectation."""
+        expect = self._expect
+        members = (expect.launch, expect.service, expect.owner, expect.model_root)
+        return jcs.canonical([self._policy.digest, *members, expect.content_root]).decode()
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it trusts a simulated root."""
+        return self._anchors.simulated
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+        root = ("unsafe_simulated_root",) if self.simulated else ()
+        return (*root, *self._policy.unsafe)
+
+    async def judge(self, claim: Claim, subject: str) -> Proven:
+        """Verify a claim.
+
+        Raises:
+            EvidenceRefused: naming every failed check, with the verdict.
+        """
+        verdict = await asyncio.to_thread(self._verify, claim.leaf, claim.evidence, subject)
+        verdict.require()
+        return Proven(verdict, _max_age(claim.evidence))
+
+    def _verify(self, leaf: bytes, evidence: ChannelEvidence, subject: str) -> Verdict:
+        verdict, _facts = verify_channel(
+            evidence,
+            leaf,
+            subject=subject,
+            policy=self._policy,
+            expect=self._expect,
+            anchors=self._anchors,
+            collateral=self._collateral,
+            now=datetime.now(UTC),
+        )
+        if self.simulated and "unsafe_simulated_root" not in verdict.unsafe:
+            return verdict.extended((), unsafe=("unsafe_simulated_root", *verdict.unsafe))
+        return verdict
+
+
+class AppraisalElsewhere(PeerError):
+    """The entry wants an attestation service to appraise, which this version does not do."""
+
+    code = "appraisal-not-in-this-version"
+
+
+async def probe_service(settings: ServiceVerify) -> PeerError | None:
+    """Whether an attestation service answers ``GET {as_addr}certificate``; ``None`` if so."""
+    url = settings.as_addr + "certificate"
+    name = f"attestation service {settings.as_addr}"
+    hint = "start it, or check verify.as_addr"
+    try:
+        # trust_env off: an http_proxy variable could point at this very proxy.
+        async with (
+            asyncio.timeout(SERVICE_TIMEOUT_S),
+            httpx.AsyncClient(trust_env=False, timeout=SERVICE_TIMEOUT_S) as client,
+            client.stream("GET", url, headers=list(settings.as_headers)) as response,
+        ):
+            status = response.status_code
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, UnicodeError) as error:
+        reason = str(error) or "no answer in time"
+        return PeerUnreachable(f"{name} cannot be reached: {reason}", hint=hint)
+    if status != 200:
+        return PeerError(f"{name} answers HTTP {status} to GET {url}", hint=hint)
+    return None
+
+
+def _max_age(evidence: ChannelEvidence) -> float:
+    """The session may open streams until the GPU evidence is too old (spec-channel §7)."""
+    age = MAX_SESSION_AGE_S
+    if evidence.evidence.devices:
+        # Verified before; so it decodes.
+        statement = ChannelStatement.decode(evidence.statement)
+        age = min(age, max(MIN_SESSION_AGE_S, MAX_GPU_AGE_S - statement.gpu.age_s))
+    return age
