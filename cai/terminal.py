@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -36,6 +35,10 @@ from cai.errors import CaiError, Interrupted, Refused, UsageError
 
 if TYPE_CHECKING:
     from cai.attest.verdict import Verdict
+
+# Newer versions of typer carry a click of their own; the parent of BadParameter is the usage error
+# of whichever click is in use.
+_BadUsage: Any = typer.BadParameter.__base__
 
 _MARKS = {"pass": ("✓", "green"), "fail": ("✗", "red"), "not asked": ("·", "dim")}
 
@@ -166,10 +169,11 @@ def run_app(program: str, app: typer.Typer) -> int:
         status = typer.main.get_command(app).main(
             args=arguments, prog_name=program, standalone_mode=False
         )
-    except click.UsageError as error:
-        terminal.error(UsageError(error.format_message(), hint=f"{program} --help"))
+    except _BadUsage as error:
+        if message := error.format_message():  # none where the help has just been shown
+            terminal.error(UsageError(message, hint=f"{program} --help"))
         return UsageError.exit_status
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         terminal.error(Interrupted("interrupted", hint="nothing half-written was left behind"))
         return Interrupted.exit_status
     except BrokenPipeError:
