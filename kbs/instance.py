@@ -1,0 +1,221 @@
+"""One key broker's own state: its id, realm, keys and where they lie.
+
+First start creates, beside each other: the data directory (0700) with the database and
+``admin.key`` (0600), and a directory of its own for the key encryption key (0400).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from sqlalchemy import Connection, insert, select
+
+from cai.errors import (
+    FormatError,
+    InputMissing,
+    SettingError,
+    StorageError,
+    Tampered,
+    WrongKey,
+    from_os_error,
+)
+from cai.secret import Secret, read_secret_file, write_secret_file
+from kbs.audit import AuditLog, Entry
+from kbs.database import AUDIT_HEAD, INSTANCE, SCHEMA, SECRET, Database
+from kbs.names import Realm
+from kbs.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
+
+DATABASE_NAME = "kbs.sqlite"
+"""The database in the data directory."""
+
+ADMIN_KEY_NAME = "admin.key"
+"""The administrator's private key in the data directory; it may be moved away."""
+
+_ADMIN_KEY = "admin-key"
+_TOKEN_KEY = "token-key"  # noqa: S105 - the name of a row
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An open key broker database with its keys.
+
+    Attributes:
+        id: random, 32 hex digits, made with the database.
+        realm: fixed at creation.
+        database: the open database.
+        sealer: opens its rows.
+        admin_key: public key that administrators' tokens are checked with.
+        token_key: signs attestation tokens; never leaves this process.
+    """
+
+    id: str
+    realm: Realm
+    database: Database
+    sealer: Sealer
+    admin_key: Ed25519PublicKey
+    token_key: ec.EllipticCurvePrivateKey
+
+
+def default_kek(data: Path) -> Path:
+    """Where the key encryption key lies unless told otherwise: beside the data directory."""
+    absolute = data.absolute()
+    return absolute.with_name(absolute.name + "-kek") / "kek"
+
+
+def open_instance(data: Path, kek_file: Path, realm: Realm, *, now: datetime) -> Instance:
+    """Open the database in ``data``, creating everything on first start.
+
+    Raises:
+        SettingError: the key encryption key lies inside ``data``, or the database is of the other
+            realm.
+        WrongKey: the key encryption key is another database's.
+        InputError, StorageError: something cannot be read or written.
+    """
+    require_outside(kek_file, data)
+    _private_directory(data)
+    path = data / DATABASE_NAME
+    _create_private_file(path)
+    database = Database.open_file(path)
+    try:
+        with database.read() as connection:
+            row = connection.execute(select(INSTANCE)).one_or_none()
+        if row is None:
+            return _create(database, data, kek_file, realm, now=now)
+        if row.schema != SCHEMA:
+            raise FormatError(f"{path}: schema {row.schema}, this program reads {SCHEMA}")
+        if row.realm != realm.value:
+            raise _other_realm(path, row.realm)
+        return _open(database, row.id, realm, Sealer(read_kek(kek_file)))
+    except BaseException:
+        database.close()
+        raise
+
+
+def read_admin_key(path: Path) -> Ed25519PrivateKey:
+    """Read an administrator's private key (PEM, PKCS#8, Ed25519).
+
+    Raises:
+        InputMissing, StorageError: it cannot be read.
+        FormatError: it is another kind of file or key.
+    """
+    data = read_secret_file(path, what="admin key").reveal()
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise FormatError(f"admin key {path}: not an unencrypted PEM private key") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise FormatError(f"admin key {path}: not an Ed25519 key")
+    return key
+
+
+def _create(
+    database: Database, data: Path, kek_file: Path, realm: Realm, *, now: datetime
+) -> Instance:
+    # A first start that was interrupted leaves key files behind; they are used again.
+    kek = read_kek(kek_file) if kek_file.exists() else create_kek(kek_file)
+    sealer = Sealer(kek)
+    admin_file = data / ADMIN_KEY_NAME
+    if not admin_file.exists():
+        pem = Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        write_secret_file(admin_file, Secret(pem), what="admin key")
+    admin = read_admin_key(admin_file).public_key()
+    token_key = ec.generate_private_key(ec.SECP256R1())
+    instance_id = uuid.uuid4().hex
+    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    with database.write() as connection:
+        connection.execute(
+            insert(INSTANCE).values(
+                id=instance_id, realm=realm.value, schema=SCHEMA, created=created
+            )
+        )
+        connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
+        secrets = {
+            _ADMIN_KEY: admin.public_bytes_raw(),
+            _TOKEN_KEY: token_key.private_bytes(
+                serialization.Encoding.DER,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            ),
+        }
+        for path, contents in secrets.items():
+            sealed = sealer.seal(_identity(instance_id, realm, path), contents)
+            connection.execute(insert(SECRET).values(path=path, version=1, sealed=sealed))
+        entry = Entry("instance.create", {"kind": "system"}, uuid.uuid4().hex, allowed=True)
+        AuditLog(instance_id, realm.value).append(connection, entry, now)
+    return Instance(instance_id, realm, database, sealer, admin, token_key)
+
+
+def _open(database: Database, instance_id: str, realm: Realm, sealer: Sealer) -> Instance:
+    with database.read() as connection:
+        try:
+            admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
+        except Tampered as error:
+            raise WrongKey(
+                "the key encryption key does not open this database",
+                hint="give --kek the file that was made with it",
+            ) from error
+        token = _secret(connection, sealer, instance_id, realm, _TOKEN_KEY)
+    token_key = serialization.load_der_private_key(token, password=None)
+    if not isinstance(token_key, ec.EllipticCurvePrivateKey):
+        raise FormatError("the token key is not an EC key")
+    return Instance(
+        instance_id, realm, database, sealer, Ed25519PublicKey.from_public_bytes(admin), token_key
+    )
+
+
+def _secret(
+    connection: Connection, sealer: Sealer, instance_id: str, realm: Realm, path: str
+) -> bytes:
+    sealed = connection.execute(select(SECRET.c.sealed).where(SECRET.c.path == path)).scalar()
+    if sealed is None:
+        raise InputMissing(f"the database has no {path}", hint="restore it from a backup")
+    return sealer.open(_identity(instance_id, realm, path), sealed)
+
+
+def _identity(instance_id: str, realm: Realm, path: str) -> RowIdentity:
+    return RowIdentity(instance_id, realm.value, SECRET.name, path, 1)
+
+
+def _other_realm(path: Path, found: str) -> SettingError:
+    if found == Realm.SIMULATED.value:
+        return SettingError(
+            f"{path} is a database of the simulated realm",
+            hint="it opens only with --unsafe-simulated-root; use another --data for production",
+        )
+    return SettingError(
+        f"{path} is a production database; --unsafe-simulated-root is refused",
+        hint="use another --data directory for the simulated realm",
+    )
+
+
+def _private_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = path.stat().st_mode
+    except FileExistsError as error:
+        raise InputMissing(f"{path} is not a directory", hint="choose another --data") from error
+    except OSError as error:
+        raise from_os_error(error, f"create data directory {path}") from error
+    if mode & 0o077:
+        raise StorageError(
+            f"the data directory {path} is open to others", hint=f"chmod 0700 {path}"
+        )
+
+
+def _create_private_file(path: Path) -> None:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        raise from_os_error(error, f"open database {path}") from error
