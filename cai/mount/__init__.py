@@ -91,8 +91,8 @@ def mount(
     chosen, reason = choose(kind)
     path = place.prepare(mount_point)
     owner = _owner(uid, private=not allow_other)
-    # FUSE lets in its mounter or everybody; one other user means everybody, and then, as with tmpfs,
-    # the mode of the root keeps the others out.
+    # FUSE lets in its mounter or everybody. One other user means everybody, and then, as
+    # in a tmpfs, the mode of the root keeps the others out.
     everybody = allow_other or owner.uid != os.geteuid()
     visible = owner if everybody else replace(owner, private=False)
     if chosen is Kind.FUSE:

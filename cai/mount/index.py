@@ -146,12 +146,13 @@ class TreeIndex:
         return bytes(out)
 
     def _add(self, entry: Entry, numbers: dict[str, int]) -> int:
-        above, _slash, last = entry.path.rpartition("/")
+        above, slash, last = entry.path.rpartition("/")
         name = last.encode("utf-8", "surrogateescape")
         if name in (b"", b".", b"..") or b"\0" in name or len(name) > NAME_MAX:
             raise FormatError(f"{entry.path!r} cannot be the path of a file")
-        parent = self.node(numbers.get(above, 0))
-        if parent is None or not parent.is_directory or entry.path in numbers:
+        # Only a path without a slash is in the root: "/x" is not.
+        parent = self.node(numbers.get(above, 0)) if above or not slash else None
+        if parent is None or not parent.is_directory or name in parent.children:
             raise FormatError(f"{entry.path!r} has no directory that comes before it")
         ino = len(self.nodes) + 1
         size = 0 if entry.type is EntryType.DIRECTORY else entry.size

@@ -41,6 +41,10 @@ def prepare(mount_point: Path) -> Path:
             log.warning("%s: clearing away the mount of a server that was killed", path)
             device.detach(path, lazily=True)
             return prepare(mount_point)
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"mount point {mount_point} is a loop of symlinks", hint="give an empty directory"
+            ) from error
         raise from_os_error(error, f"look at mount point {mount_point}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(

@@ -171,7 +171,7 @@ def lookup_name(buffer: memoryview) -> bytes:
         FormatError: not one zero-terminated name.
     """
     name = bytes(buffer[IN_HEADER_SIZE:])
-    if name.find(b"\0") != len(name) - 1:
+    if not name or name.find(b"\0") != len(name) - 1:
         raise FormatError("FUSE name is not zero-terminated")
     return name[:-1]
 

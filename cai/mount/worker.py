@@ -29,7 +29,8 @@ from cai.mount.server import Dispatcher, serve
 log = logging.getLogger("cai.mount")
 
 PRIVATE: set[int] = set()
-"""Descriptors of this process's mounts that no later worker may keep open."""
+"""Descriptors that a worker must not keep open: of other mounts, and of a caller that waits for
+their end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ def start(post: Post, *, first: bool) -> int:
 
 
 def _run(post: Post, *, first: bool) -> None:
+    # Signals are the parent's: it unmounts, and that ends the worker.
+    os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # They may be sent to a whole group; the parent unmounts, and that ends the worker.
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()
     _let_go(keep={post.descriptor, post.life})
