@@ -113,6 +113,25 @@ def embed(proxy: str, url: str, model: str, texts: Sequence[str]) -> list[list[f
     return vectors
 
 
+def client_verdict(control: str, peer: str) -> dict[str, Any]:
+    """What the client's gateway last thought of a peer, from its control interface.
+
+    Args:
+        control: base address of the control interface.
+        peer: ``host:port`` as the request named it.
+
+    Raises:
+        PeerUnreachable, PeerError: the gateway does not say.
+    """
+    with httpx.Client(base_url=control, trust_env=False, timeout=ANSWER_S) as client:
+        status = _document(client, "GET", "/status")
+    for entry in dict(status.get("ingress") or {}).values():
+        verdict = entry.get("peers", {}).get(peer, {}).get("verdict")
+        if isinstance(verdict, dict):
+            return verdict
+    raise PeerError(f"the client's gateway has no verdict on {peer}")
+
+
 def similarities(vectors: Sequence[Sequence[float]]) -> list[Similarity]:
     """The cosine of every pair of ``PAIRS``.
 

@@ -85,9 +85,10 @@ def egress(*, port: int, agent: Path, engine: Path) -> dict[str, Any]:
     }
 
 
-def ingress(*, port: int, verify: Mapping[str, Any]) -> dict[str, Any]:
-    """The client's gateway: an HTTP proxy that verifies each guest itself."""
+def ingress(*, port: int, control: int, verify: Mapping[str, Any]) -> dict[str, Any]:
+    """The client's gateway: an HTTP proxy that verifies each guest itself, and can be asked."""
     return {
+        "control_interface": {"restful": {"host": "127.0.0.1", "port": control}},
         "add_ingress": [
             {
                 "http_proxy": {"proxy_listen": {"host": "127.0.0.1", "port": port}},

@@ -40,6 +40,7 @@ class Ports:
     admin: int = field(default_factory=lambda: free_port(8081))
     service: int = field(default_factory=lambda: free_port(41001))
     proxy: int = field(default_factory=lambda: free_port(41000))
+    control: int = field(default_factory=lambda: free_port(41002))
 
 
 @dataclass

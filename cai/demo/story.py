@@ -204,13 +204,32 @@ def ask(stage: Stage, act: Act) -> None:
         vectors = asking.embed(
             stage.proxy_url, stage.service_url, stage.model.name, asking.SENTENCES
         )
-    tell.did("the client checked quote, GPU, policy and model; only then sent it", simulated=True)
+    verdict = _client_verdict(stage)
     pairs = asking.similarities(vectors)
     tell.table(_pair_table(pairs))
     same = compare_with_plain(stage, vectors)
     tell.did(same)
     act.simulated = True
-    act.facts = {"pairs": [pair.to_json() for pair in pairs], "plain": same}
+    act.facts = {
+        "pairs": [pair.to_json() for pair in pairs], "plain": same, "verdict": verdict,
+    }
+
+
+def _client_verdict(stage: Stage) -> dict[str, Any]:
+    """Show what the client's gateway found out before it sent the request."""
+    verdict = asking.client_verdict(
+        f"http://127.0.0.1:{stage.ports.control}", f"127.0.0.1:{stage.ports.service}"
+    )
+    passed = [item["name"] for item in verdict["checks"] if item["outcome"] == "pass"]
+    if verdict["verdict"] != "pass" or verdict["binding"] != "session" or not verdict["simulated"]:
+        raise StoryBroken("the client's verdict is not the one that the story tells")
+    stage.tell.did(
+        f"the client's own {len(passed)} checks passed, bound to this very session; "
+        "only then was it sent", simulated=True,
+    )
+    for risk in verdict["residual_risks"]:
+        stage.tell.note(f"what no check covers: {risk}")
+    return verdict
 
 
 def _gateways(stage: Stage) -> None:
@@ -222,13 +241,16 @@ def _gateways(stage: Stage) -> None:
         ),
     )
     recipe.write_json(
-        stage.work / "ingress.json", recipe.ingress(port=stage.ports.proxy, verify=verify(stage))
+        stage.work / "ingress.json",
+        recipe.ingress(
+            port=stage.ports.proxy, control=stage.ports.control, verify=verify(stage)
+        ),
     )
-    for name, port in (("egress", stage.ports.service), ("ingress", stage.ports.proxy)):
-        command = ["tng", "launch", "--config-file", f"{name}.json"]
+    for name in ("egress", "ingress"):
+        command = ["tng", "launch", "--config-file", f"{name}.json", "--json"]
         stage.tell.command(command)
         party = stage.parties.start(f"tng-{name}", command)
-        party.wait(lambda port=port: asking.listens(port) or None)  # type: ignore[misc]
+        party.wait_document(lambda value: value.get("ready") is True)
     stage.tell.did("the host's gateway and the client's gateway stand")
 
 
