@@ -12,7 +12,7 @@ import typer
 
 from cai.terminal import run_app
 
-VERBS: tuple[str, ...] = ("host", "measure", "demo")
+VERBS: tuple[str, ...] = ("mount", "unmount", "host", "measure", "demo")
 """Verbs in the order of ``cai --help``; each is the function of that name in its module."""
 
 
