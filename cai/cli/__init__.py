@@ -12,7 +12,9 @@ import typer
 
 from cai.terminal import run_app
 
-VERBS: tuple[str, ...] = ("mount", "unmount", "host", "measure", "demo")
+VERBS: tuple[str, ...] = (
+    "encrypt", "decrypt", "check", "inspect", "mount", "unmount", "host", "measure", "demo",
+)
 """Verbs in the order of ``cai --help``; each is the function of that name in its module."""
 
 

@@ -4,7 +4,7 @@ Example::
 
     kek = new_key()
     report = seal(Path("model"), Path("model.sealed"), kek)
-    with open_model(Path("model.sealed"), kek, expect_root=report.model_root) as model:
+    with open_model(Path("model.sealed"), kek, expect_root=report.root) as model:
         reader = model.open("config.json")
 """
 

@@ -33,7 +33,7 @@ class CheckReport:
     Attributes:
         model_id: of the model line, hex.
         revision: from 1.
-        model_root: hex.
+        root: ``model_root``, hex.
         content_root: hex.
         content_verified: the content root is that of the content, not only claimed.
         index_sha256: hex.
@@ -44,7 +44,7 @@ class CheckReport:
 
     model_id: str
     revision: int
-    model_root: str
+    root: str
     content_root: str
     content_verified: bool
     index_sha256: str

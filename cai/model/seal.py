@@ -30,8 +30,8 @@ from cai.model.manifest import Inline, Licence, Manifest, Storage, Stored, model
 from cai.model.members import valid_flags
 from cai.model.object import SALT_SIZE, Shape
 from cai.model.pickles import HEAD, looks_like_pickle
-from cai.model.source import opened_source, scan
-from cai.model.stage import Stage, output_error, write_file
+from cai.model.source import opened_source, require_directory, scan
+from cai.model.stage import Stage, output_error, refuse_occupied, write_file
 from cai.model.tree import Entry, EntryType
 from cai.model.writer import write_object
 from cai.secret import Secret
@@ -86,7 +86,7 @@ class SealReport:
 
     model_id: str
     revision: int
-    model_root: str
+    root: str
     content_root: str
     index_sha256: str
     allow: tuple[str, ...]
@@ -129,8 +129,8 @@ def seal(
     """
     chosen = options or SealOptions()
     _check_options(chosen, kek)
+    check_places(source, out)
     entries = scan(source)
-    _refuse_nesting(source, out)
     if PICKLE_FLAG not in chosen.allow:
         _refuse_pickles(source, entries)
     total = sum(entry.size for entry in entries if entry.type is EntryType.FILE)
@@ -264,7 +264,7 @@ class _Sealing:
         stored = sum(file.size for file in self._index.values()) + len(index) + header_size
         return SealReport(
             model_id=manifest.model_id, revision=manifest.revision,
-            model_root=model_root(canonical), content_root=manifest.content_root,
+            root=model_root(canonical), content_root=manifest.content_root,
             index_sha256=index_digest(index), allow=manifest.allow,
             files=kinds.count(EntryType.FILE), directories=kinds.count(EntryType.DIRECTORY),
             symlinks=kinds.count(EntryType.SYMLINK), objects=len(manifest.stored),
@@ -283,13 +283,21 @@ def _check_options(options: SealOptions, kek: Secret) -> None:
     Shape(1, options.chunk)
 
 
-def _refuse_nesting(source: Path, out: Path) -> None:
+def check_places(source: Path, out: Path) -> None:
+    """Check what can be checked before anything is read.
+
+    Raises:
+        InputMissing, InputError: the source is missing or is not a directory.
+        UsageError: ``out`` is inside it, or occupied.
+    """
+    require_directory(source)
     inside, outside = out.parent.resolve() / out.name, source.resolve()
     if inside == outside or outside in inside.parents:
         raise UsageError(
             f"the output {out} is inside the model {source}",
             hint="choose an output outside of it with -o",
         )
+    refuse_occupied(out)
 
 
 def _refuse_pickles(source: Path, entries: list[Entry]) -> None:

@@ -35,7 +35,7 @@ def scan(directory: Path) -> list[Entry]:
         LimitExceeded: more than ``MAX_ENTRIES`` entries.
         StorageError: it cannot be read.
     """
-    _require_directory(directory)
+    require_directory(directory)
     entries: list[Entry] = []
     waiting = [""]
     while waiting:
@@ -169,7 +169,14 @@ def _digest(directory: Path, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _require_directory(directory: Path) -> None:
+def require_directory(directory: Path) -> None:
+    """Refuse what cannot be a model's directory.
+
+    Raises:
+        InputMissing: it does not exist.
+        InputError: it is not a directory.
+        StorageError: it cannot be looked at.
+    """
     try:
         mode = directory.stat().st_mode
     except FileNotFoundError as error:

@@ -36,7 +36,7 @@ class Stage:
         self._shown = out
         self._mode = mode
         self._committed = False
-        self._refuse_occupied()
+        refuse_occupied(self.out)
         try:
             made = tempfile.mkdtemp(prefix=f"{self.out.name}.partial-", dir=self.out.parent)
         except OSError as error:
@@ -58,7 +58,7 @@ class Stage:
                     sync_directory(Path(directory))
             sync_directory(self.path)
             self.path.chmod(self._mode)
-            self._refuse_occupied()
+            refuse_occupied(self.out)
             self.path.rename(self.out)
         except OSError as error:
             raise output_error(error, f"create {self._shown}") from error
@@ -75,19 +75,25 @@ class Stage:
         if not self._committed:
             remove_tree(self.path)
 
-    def _refuse_occupied(self) -> None:
-        try:
-            mode = self.out.lstat().st_mode
-            free = stat.S_ISDIR(mode) and not any(self.out.iterdir())
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise output_error(error, f"create {self._shown}") from error
-        if not free:
-            raise UsageError(
-                f"{self._shown} exists already and is not an empty directory",
-                hint="choose another output, or remove it first",
-            )
+
+def refuse_occupied(out: Path) -> None:
+    """Refuse an output that is there already, unless it is an empty directory.
+
+    Raises:
+        UsageError: it is there.
+        StorageError: that cannot be told.
+    """
+    try:
+        free = stat.S_ISDIR(out.lstat().st_mode) and not any(out.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise output_error(error, f"create {out}") from error
+    if not free:
+        raise UsageError(
+            f"{out} exists already and is not an empty directory",
+            hint="choose another output, or remove it first",
+        )
 
 
 def output_error(error: OSError, doing: str) -> CaiError:

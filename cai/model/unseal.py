@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from cai.errors import Tampered
+from cai.errors import Tampered, UsageError
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import MANIFEST_FILE
 from cai.model.manifest import Inline, Stored
@@ -30,10 +30,14 @@ def unseal(
         Plaintext bytes written.
 
     Raises:
-        UsageError: ``out`` is there already and is not an empty directory.
+        UsageError: ``out`` is inside the sealed model, or is there already and is not an empty
+            directory.
         Tampered: something is not what was sealed; nothing has appeared.
         StorageError, NoSpace: the file system refused.
     """
+    sealed = model.files.directory.resolve()
+    if sealed in (out.parent.resolve() / out.name, *(out.parent.resolve() / out.name).parents):
+        raise UsageError(f"the output {out} is inside the sealed model {sealed}")
     entries = list(model.entries.values())
     total = sum(entry.size for entry in entries if entry.type is EntryType.FILE)
     with (

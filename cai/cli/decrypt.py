@@ -1,0 +1,38 @@
+"""``cai decrypt``: the plain model back from a sealed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cai.terminal import JsonFlag, current
+
+
+def decrypt(
+    sealed: Annotated[Path, typer.Argument(help="Directory of the sealed model.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where the plain model shall appear.")
+    ],
+    key_file: Annotated[Path, typer.Option("--key-file", help="File with the model's key.")],
+    expect_root: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Refuse any model root but this one.")
+    ] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Write the plain model to DIR, readable by you only; all of it is verified first."""
+    from cai.cli.check import wanted_root
+    from cai.model import open_model, read_key_file, unseal
+
+    terminal = current()
+    key = read_key_file(key_file)
+    with open_model(sealed, key, expect_root=wanted_root(expect_root)) as model:
+        written = unseal(model, directory, progress=terminal.progress)
+        terminal.result(
+            {
+                "out": str(directory), "root": model.root, "content_root": model.content_root,
+                "plaintext_bytes": written,
+            },
+            f"wrote the plain model to {directory} ({written} bytes); it is no longer encrypted",
+        )

@@ -1,0 +1,101 @@
+"""``cai inspect``: what a sealed model says of itself, with its key or without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+from rich.text import Text
+
+from cai.model.tree import EntryType
+from cai.terminal import JsonFlag, current
+
+if TYPE_CHECKING:
+    from cai.model import SealedModel
+    from cai.model.header import Header
+
+
+def inspect(
+    sealed: Annotated[Path, typer.Argument(help="Directory of the sealed model.")],
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", help="File with the model's key; shows the tree as well."),
+    ] = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show what a sealed model is; without a key only what everybody may see, unauthenticated."""
+    from cai.model import open_model, read_header, read_key_file
+
+    terminal = current()
+    if key_file is None:
+        facts = _public(read_header(sealed)) | {"authenticated": False}
+        terminal.result(facts, _shown(_lines(facts, "not authenticated: give --key-file")))
+        return
+    with open_model(sealed, read_key_file(key_file)) as model:
+        facts = _public(model.header) | {"authenticated": True} | _private(model)
+        lines = _lines(facts, "the stored objects are not read: 'cai check' does that")
+        terminal.result(facts, _shown(lines + _tree(model)))
+
+
+def _public(header: Header) -> dict[str, Any]:
+    return {
+        "method": "cai", "model_id": header.model_id, "revision": header.revision,
+        "kek_commitment": header.dek.kek_commitment, "manifest_bytes": header.manifest.size,
+        "index_sha256": header.index_sha256,
+    }
+
+
+def _private(model: SealedModel) -> dict[str, Any]:
+    manifest = model.manifest
+    return {
+        "root": model.root, "content_root": model.content_root, "previous": manifest.previous,
+        "name": manifest.name, "created": manifest.created, "allow": list(manifest.allow),
+        "licence": manifest.licence.name, "provenance": dict(manifest.provenance),
+        "entries": [
+            {
+                "path": entry.path, "type": entry.type.value, "mode": entry.mode,
+                "size": entry.size,
+                **({"sha256": entry.sha256} if entry.sha256 else {}),
+                **({"target": entry.target} if entry.target else {}),
+            }
+            for entry in manifest.entries.values()
+        ],
+    }
+
+
+def _lines(facts: dict[str, Any], note: str) -> list[str]:
+    shown = {
+        name.replace("_", " "): _text(value)
+        for name, value in facts.items()
+        if name not in ("entries", "authenticated") and value not in ("", [], {})
+    }
+    return [*(f"{name:<15} {value}" for name, value in shown.items()), f"({note})"]
+
+
+def _tree(model: SealedModel) -> list[str]:
+    lines = [""]
+    for entry in model.entries.values():
+        size = decimal(entry.size) if entry.type is EntryType.FILE else ""
+        suffix = f" -> {entry.target}" if entry.target else ""
+        slash = "/" if entry.type is EntryType.DIRECTORY else ""
+        storage = model.manifest.stored.get(entry.path)
+        where = f"  (object {storage.name})" if storage else ""
+        lines.append(f"{size:>10}  {entry.path}{slash}{suffix}{where}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {item}" for name, item in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _shown(lines: list[str]) -> Text:
+    """Names come from outside: none of them may move the cursor."""
+    return Text("\n".join(_printable(line) for line in lines))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
