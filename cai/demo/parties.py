@@ -215,8 +215,7 @@ class Parties:
                 f"{' '.join(argv[:2])} did not end in {RUN_S:.0f} s", hint=_last_line(party.err)
             ) from error
         finally:
-            party.stop()
-            self._parties.remove(party)
+            self.stop(party)
         return Finished(status, party.out, party.err)
 
     def require(self, name: str, argv: Sequence[str]) -> Finished:
@@ -232,6 +231,24 @@ class Parties:
                 hint=_last_line(finished.err),
             )
         return finished
+
+    def stop(self, party: Party) -> None:
+        """End one party before the others."""
+        party.stop()
+        self._parties.remove(party)
+
+    def require_running(self) -> None:
+        """Demand that every party still runs.
+
+        Raises:
+            PartyEnded: naming the first that does not, with its last words.
+        """
+        for party in self._parties:
+            status = party.process.poll()
+            if status is not None:
+                raise PartyEnded(
+                    f"{party.name} ended with status {status}", hint=_last_line(party.err)
+                )
 
     def close(self) -> None:
         """End every party, the last started first, then take away mounts that are left."""

@@ -77,7 +77,12 @@ def egress(*, port: int, agent: Path, engine: Path) -> dict[str, Any]:
         "add_egress": [
             {
                 "mapping": {
-                    "in": {"host": "127.0.0.1", "port": port}, "out": {"unix": str(engine)},
+                    "rules": [
+                        {
+                            "in": {"host": "127.0.0.1", "port": port},
+                            "out": {"unix": str(engine)},
+                        }
+                    ]
                 },
                 "attest": {"aa_addr": f"unix://{agent}"},
             }

@@ -140,7 +140,7 @@ def flipped_bit_read(stage: Stage) -> Refusal:
     party = stage.parties.start("mount-flipped", command)
     party.wait_document(lambda value: "kind" in value)
     failed = [path for path in sorted(place.rglob("*")) if path.is_file() and _gives_eio(path)]
-    party.stop()
+    stage.parties.stop(party)
     if len(failed) != 1:
         raise StoryBroken(f"one file was to give EIO, {len(failed)} did")
     name = failed[0].relative_to(place)

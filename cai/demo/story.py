@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cai.demo import asking, ending, recipe, refusals
+from cai.demo.parties import mounts_under
 from cai.demo.recipe import HOST_UP
 from cai.demo.stage import Stage
 from cai.demo.telling import Act, StoryBroken
@@ -44,6 +45,7 @@ def perform(stage: Stage) -> dict[str, Any]:
     for number, (title, sentence, play) in enumerate(acts, start=1):
         with stage.tell.act(number, title, sentence) as act:
             play(stage, act)
+            stage.parties.require_running()
     return ending.end(stage)
 
 
@@ -150,6 +152,8 @@ def _allow(stage: Stage) -> None:
 def serve(stage: Stage, act: Act) -> None:
     """Act 4: the mount, and an engine on a Unix socket over it."""
     tell = stage.tell
+    if stage.mount_point not in mounts_under(stage.work):
+        raise StoryBroken("nothing is mounted although the host says so")
     if stage.mount_kind == "tmpfs":
         tell.note("/dev/fuse cannot be used here, so the model was materialised to memory (tmpfs)")
     tell.did(f"mounted read-only at mnt/ ({stage.mount_kind}), authenticated chunk by chunk")

@@ -100,7 +100,9 @@ class Teller:
     def command(self, argv: Sequence[str]) -> None:
         """A command that runs now, as a person would type it."""
         self.commands.append(list(argv))
-        self._print(Padding(Text(f"$ {shlex.join(argv)}", style="cyan"), (0, 0, 0, 4)))
+        if self._console is not None:
+            # Left to the terminal to wrap, so that it can be copied as one line.
+            self._console.print(Text(f"    $ {shlex.join(argv)}", style="cyan"), soft_wrap=True)
 
     def did(self, text: str, *, simulated: bool = False, detail: str = "") -> None:
         """Something that happened as it should."""
@@ -109,7 +111,8 @@ class Teller:
     def refused(self, text: str, reason: str, *, simulated: bool = False) -> None:
         """Something that was refused, as it should be, and why."""
         self._line("⊘", "magenta", text, "", simulated=simulated)
-        self._print(Padding(Text(reason, style="magenta"), (0, 0, 0, 6)))
+        line = Text(reason, style="magenta")
+        self._print(Padding(_marked(line) if simulated else line, (0, 0, 0, 4)))
 
     def note(self, text: str) -> None:
         """An aside."""
@@ -129,13 +132,15 @@ class Teller:
             yield
 
     def _line(self, mark: str, style: str, text: str, detail: str, *, simulated: bool) -> None:
-        line = Text.assemble((f"  {mark} ", style), text)
+        line = Text.assemble((f"{mark} ", style), text)
         if detail:
             line.append(f"  {detail}", style="dim")
-        if simulated:
-            line.append(f"  {SIMULATED}", style="bold yellow")
-        self._print(line)
+        self._print(Padding(_marked(line) if simulated else line, (0, 0, 0, 2)))
 
     def _print(self, what: object) -> None:
         if self._console is not None:
-            self._console.print(what)
+            self._console.print(what, soft_wrap=False)
+
+
+def _marked(line: Text) -> Text:
+    return line.append(f"  {SIMULATED}", style="bold yellow")
