@@ -137,7 +137,7 @@ async def _renew(plan: HostPlan, release: Release) -> tuple[Release, float]:
     try:
         renewed = await _fetch(plan)
     except PeerError as error:
-        left = release.sent_at + release.record.lease_ttl_s - now()
+        left = release.sent_at + release.record.lease.ttl_s - now()
         if left <= 0:
             raise Refused(
                 "the release has ended and the key broker cannot be reached",
@@ -151,7 +151,7 @@ async def _renew(plan: HostPlan, release: Release) -> tuple[Release, float]:
 
 def _renewal_pause(release: Release) -> float:
     # Jitter keeps a fleet that was started at once from renewing at once.
-    return release.record.lease_ttl_s / RENEW_FRACTION * random.uniform(0.9, 1.0)  # noqa: S311
+    return release.record.lease.ttl_s / RENEW_FRACTION * random.uniform(0.9, 1.0)  # noqa: S311
 
 
 async def _fetch(plan: HostPlan) -> Release:
