@@ -8,24 +8,20 @@ warned about. The data classes are what the rest of the package works with.
 from __future__ import annotations
 
 import ipaddress
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from cai.attest.channel import Expectation
-from cai.errors import FormatError, LimitExceeded, SettingError
-from cai.settings import MAX_SETTINGS_FILE, Section, read_settings_file, suggestion
+from cai.errors import SettingError
+from cai.settings import Section, read_settings_file, suggestion
+from tng.addresses import Endpoint, TcpUpstream, Upstream, parse_endpoint, parse_rules
+from tng.documents import parse_json, parse_yaml
 from tng.filters import Filter, parse_filters
 
 MAX_ENTRIES = 64
 """Most entries of one kind."""
-
-MAX_RULES = 256
-"""Most listeners of one mapping."""
 
 _LATER_MODES = {
     "ingress": ("socks5", "netfilter", "hook", "mapping_udp", "netfilter_udp"),
@@ -44,41 +40,6 @@ _LATER_VERIFY = (
 
 NOT_YET = "not in this version"
 """What every refusal of a known but unsupported setting says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An address to listen on; port 0 takes a free one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class TcpUpstream:
-    """A TCP target."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class UnixUpstream:
-    """A Unix socket target."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-
-Upstream = TcpUpstream | UnixUpstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +140,7 @@ def load_content(text: str) -> Config:
         SettingError, LimitExceeded: it is not a configuration of this version.
     """
     data = text.encode("utf-8", "surrogateescape")
-    return parse(_json(data, "--config-content"), where="--config-content")
+    return parse(parse_json(data, "--config-content"), where="--config-content")
 
 
 def load_file(path: Path) -> Config:
@@ -191,7 +152,7 @@ def load_file(path: Path) -> Config:
     """
     data = read_settings_file(path, what="configuration")
     yaml_file = path.suffix.lower() in (".yaml", ".yml")
-    value = _yaml(data, str(path)) if yaml_file else _json(data, str(path))
+    value = parse_yaml(data, str(path)) if yaml_file else parse_json(data, str(path))
     return parse(value, where=path.name)
 
 
@@ -234,13 +195,13 @@ def _ingress(entry: Section, index: int) -> HttpProxyIngress | MappingIngress:
     entry.finish()
     name = f"ingress[{index}]"
     if mode == "mapping":
-        rules = tuple((listen, _remote(target, body)) for listen, target in _rules(body))
+        rules = tuple((listen, _remote(target, body)) for listen, target in parse_rules(body))
         return MappingIngress(name, rules, verify, padding)
     listen_section = body.section("proxy_listen")
     if listen_section is None:
         raise SettingError(f"{body.where}: proxy_listen is missing", hint='give {"port": 41000}')
     # Stock TNG listens on every interface by default; an open proxy is never meant.
-    listen = _endpoint(listen_section, default_host="127.0.0.1")
+    listen = parse_endpoint(listen_section, default_host="127.0.0.1")
     if body.has("dst_filters") and body.has("dst_filter"):
         raise SettingError(f"{body.where}: dst_filters and dst_filter are the same setting")
     raw = body.raw("dst_filters") if body.has("dst_filters") else body.raw("dst_filter")
@@ -265,7 +226,7 @@ def _egress(entry: Section, index: int, warnings: list[str]) -> EgressMapping:
     body = entry.section(mode)
     assert body is not None  # noqa: S101 - _mode has seen it
     entry.finish()
-    rules = tuple(_rules(body))
+    rules = tuple(parse_rules(body))
     for _listen, upstream in rules:
         if isinstance(upstream, TcpUpstream) and not _is_loopback(upstream.host) and not remote:
             raise SettingError(
@@ -432,78 +393,7 @@ def _control(control: Section | None) -> Endpoint | None:
     control.finish()
     if restful is None:
         raise SettingError(f"{control.where}: restful is missing", hint='give {"port": 50000}')
-    return _endpoint(restful, default_host="127.0.0.1")
-
-
-def _rules(body: Section) -> list[tuple[Endpoint, Upstream]]:
-    """Both forms of a mapping: ``rules`` and the single pair; port ranges become single ports."""
-    if body.has("rules"):
-        if body.has("in") or body.has("out"):
-            raise SettingError(f"{body.where}: give rules, or in and out, not both")
-        raw = body.raw("rules")
-        if not isinstance(raw, list) or not raw:
-            raise SettingError(f"{body.where}: rules must be a list of at least one rule")
-        sections = [
-            Section(rule, where=f"{body.where}.rules[{index}]") for index, rule in enumerate(raw)
-        ]
-    else:
-        sections = [body]
-    body.finish()
-    rules: list[tuple[Endpoint, Upstream]] = []
-    for section in sections:
-        rules += _rule(section)
-        section.finish()
-    listens = [listen for listen, _target in rules if listen.port]
-    if len(rules) > MAX_RULES:
-        raise SettingError(f"{body.where}: {len(rules)} ports, at most {MAX_RULES}")
-    if len(set(listens)) != len(listens):
-        raise SettingError(f"{body.where}: two rules listen on the same address")
-    return rules
-
-
-def _rule(section: Section) -> list[tuple[Endpoint, Upstream]]:
-    inside, outside = section.section("in"), section.section("out")
-    if inside is None or outside is None:
-        raise SettingError(f"{section.where}: a rule has in and out")
-    in_last = _port(inside, "port_end") if inside.has("port_end") else None
-    listen = _endpoint(inside, default_host="0.0.0.0")  # noqa: S104 - TNG's default for mappings
-    if outside.has("unix"):
-        path = Path(outside.text("unix"))
-        outside.finish()
-        if in_last is not None or not path.is_absolute():
-            raise SettingError(f"{outside.where}: unix is one absolute path for one port")
-        return [(listen, UnixUpstream(path))]
-    out_last = _port(outside, "port_end") if outside.has("port_end") else None
-    target = _endpoint(outside, default_host=None)
-    if target.port == 0:
-        raise SettingError(f"{outside.where}: port 0 is no target")
-    return list(_ranges(section, listen, in_last, target, out_last))
-
-
-def _ranges(
-    section: Section, listen: Endpoint, in_last: int | None, target: Endpoint, out_last: int | None
-) -> list[tuple[Endpoint, Upstream]]:
-    count = (in_last if in_last is not None else listen.port) - listen.port + 1
-    out_count = (out_last if out_last is not None else target.port) - target.port + 1
-    if not 1 <= count <= MAX_RULES or count != out_count or (count > 1 and not listen.port):
-        raise SettingError(f"{section.where}: port ranges of in and out must have the same size")
-    return [
-        (Endpoint(listen.host, listen.port + step), TcpUpstream(target.host, target.port + step))
-        for step in range(count)
-    ]
-
-
-def _endpoint(section: Section, *, default_host: str | None) -> Endpoint:
-    host = section.text("host", default_host)
-    port = _port(section, "port")
-    section.finish()
-    if not host or len(host) > 253 or not host.isprintable() or " " in host or "/" in host:
-        raise SettingError(f"{section.where}: host {host!r} is not a name or address")
-    return Endpoint(host, port)
-
-
-def _port(section: Section, name: str) -> int:
-    return section.integer(name, least=0, most=65535, unit="(a port)")
+    return parse_endpoint(restful, default_host="127.0.0.1")
 
 
 def _entries(top: Section, name: str) -> list[Any]:
@@ -532,59 +422,3 @@ def _url(text: str) -> Any:
         return None
     plain = text.isprintable() and not parts.query and not parts.fragment and not parts.username
     return parts if usable and plain and " " not in text else None
-
-
-def _json(data: bytes, where: str) -> Any:
-    if len(data) > MAX_SETTINGS_FILE:
-        raise LimitExceeded(f"{where}: more than {MAX_SETTINGS_FILE} bytes")
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except (FormatError, RecursionError) as error:
-        raise SettingError(f"{where}: {error}") from error
-    except ValueError as error:
-        raise SettingError(
-            f"{where}: not JSON ({error})", hint="the file's suffix .yaml or .yml selects YAML"
-        ) from error
-
-
-def _yaml(data: bytes, where: str) -> Any:
-    try:
-        return yaml.load(data, Loader=_UniqueLoader)  # noqa: S506 - derived from SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())
-        raise SettingError(f"{where}: not YAML ({text})") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise FormatError(f"duplicate member {name!r}")
-        result[name] = value
-    return result
-
-
-def _no_constant(text: str) -> Any:
-    raise FormatError(f"{text} is not JSON")
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, which can make a small file huge."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not accepted")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Refuse duplicate keys and keys that are not strings."""
-        seen: set[str] = set()
-        for key_node, _value in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in seen:
-                raise yaml.YAMLError(f"duplicate or non-text key {key!r}")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)

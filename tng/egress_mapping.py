@@ -13,8 +13,9 @@ import time
 from cai.attest.agent_client import ChannelAgent
 from cai.attest.channel import ChannelEvidence
 from cai.errors import CaiError, FormatError, PeerError, PeerUnreachable
+from tng.addresses import TcpUpstream, Upstream
 from tng.channel import Channel, Stream
-from tng.config import EgressMapping, TcpUpstream, Upstream
+from tng.config import EgressMapping
 from tng.frames import Code
 from tng.journal import Journal, endpoint_text
 from tng.link import PlainRequest, accept

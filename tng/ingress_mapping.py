@@ -12,7 +12,8 @@ import json
 import time
 
 from cai.errors import CaiError, PeerError
-from tng.config import MappingIngress, TcpUpstream
+from tng.addresses import TcpUpstream
+from tng.config import MappingIngress
 from tng.destination import Destination
 from tng.frames import Code
 from tng.journal import Journal, endpoint_text

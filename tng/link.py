@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 
 from OpenSSL import SSL
@@ -214,7 +215,7 @@ async def dial(
         )
     except OSError as error:
         raise PeerUnreachable(
-            f"peer {where} cannot be reached: {error.strerror or error}",
+            f"peer {where} cannot be reached: {_reason(error)}",
             hint="check the address, and that the tng egress is running there",
         ) from error
     tls = TlsSession(context, server=False, server_name=server_name)
@@ -275,6 +276,11 @@ async def _answer_plain(writer: asyncio.StreamWriter) -> None:
     writer.write(PLAIN_REQUEST_ANSWER)
     with contextlib.suppress(OSError):
         await writer.drain()
+
+
+def _reason(error: OSError) -> str:
+    # asyncio replaces the system's text by its own, which repeats the address.
+    return os.strerror(error.errno).lower() if error.errno else "no route"
 
 
 def _no_evidence(where: str, why: str) -> PeerWithoutEvidence:

@@ -10,7 +10,8 @@ from typing import Any
 
 from cai.attest.agent_client import ChannelAgent
 from cai.errors import ListenerFailed
-from tng.config import Config, EgressMapping, Endpoint, HttpProxyIngress, MappingIngress
+from tng.addresses import Endpoint
+from tng.config import Config, EgressMapping, HttpProxyIngress, MappingIngress
 from tng.control import Control
 from tng.egress_mapping import MappingEgress
 from tng.ingress_http_proxy import HttpProxy

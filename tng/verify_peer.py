@@ -125,7 +125,7 @@ async def probe_service(settings: ServiceVerify) -> PeerError | None:
     """Whether an attestation service answers ``GET {as_addr}certificate``; ``None`` if so."""
     url = settings.as_addr + "certificate"
     name = f"attestation service {settings.as_addr}"
-    hint = "start it, or check verify.as_addr"
+    hint = "start the attestation service, or check verify.as_addr"
     try:
         # trust_env off: an http_proxy variable could point at this very proxy.
         async with (
