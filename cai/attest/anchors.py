@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cai.attest.certificates import MAX_PEM, load_chain, organisations
+from cai.attest.certificates import LIBRARY_ERRORS, MAX_PEM, load_chain, organisations
 from cai.errors import CaiError, FormatError, InputMissing, Refused, from_os_error
 
 INTEL_SGX_ROOT_SHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
@@ -128,6 +128,6 @@ def _only_certificate(text: bytes, *, what: str) -> x509.Certificate:
 def _key(certificate: x509.Certificate) -> bytes:
     try:
         key = certificate.public_key()
-    except (ValueError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"root certificate: unusable public key ({error})") from error
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -26,6 +26,12 @@ MAX_PEM = 64 * 1024
 MAX_CERTIFICATES = 8
 """Most certificates in one chain."""
 
+LIBRARY_ERRORS = (
+    ValueError, TypeError, OverflowError, UnsupportedAlgorithm, InvalidSignature,
+    x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
+"""Everything that the X.509 library was seen or is documented to raise over bytes from outside."""
+
 _BLOCK = re.compile(
     rb"\s*-----BEGIN CERTIFICATE-----\s([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----(?=\s|\Z)"
 )
@@ -72,7 +78,7 @@ def common_name(certificate: x509.Certificate) -> str:
     """
     try:
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except ValueError as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"certificate subject: {error}") from error
     return str(names[0].value) if len(names) == 1 else ""
 
@@ -85,7 +91,7 @@ def organisations(certificate: x509.Certificate) -> tuple[str, ...]:
     """
     try:
         names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-    except ValueError as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"certificate subject: {error}") from error
     return tuple(str(name.value) for name in names)
 
@@ -119,14 +125,14 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetim
         issuer = chain[min(place + 1, len(chain) - 1)]
         try:
             certificate.verify_directly_issued_by(issuer)
-        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        except LIBRARY_ERRORS as error:
             raise EvidenceRefused(
                 f"{_title(certificate)} is not signed by {_title(issuer)}"
             ) from error
         # (d) and (e)
         try:
             _check_extensions(certificate, place)
-        except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
+        except LIBRARY_ERRORS as error:
             raise EvidenceRefused(f"{_title(certificate)}: extensions: {error}") from error
 
 
@@ -162,10 +168,13 @@ def _certificate(text: bytes, *, what: str) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(der)
         # Force the lazily parsed parts, so that nothing later can raise on them.
-        certificate.subject, certificate.issuer, certificate.serial_number  # noqa: B018
+        certificate.subject, certificate.issuer  # noqa: B018
         certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
-    except (ValueError, TypeError, OverflowError, UnsupportedAlgorithm) as error:
+        serial = certificate.serial_number
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"{what}: not a certificate ({error})") from error
+    if serial <= 0:
+        raise FormatError(f"{what}: a certificate's serial number is not positive")
     return certificate
 
 

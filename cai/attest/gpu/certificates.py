@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cai.attest.certificates import common_name
+from cai.attest.certificates import LIBRARY_ERRORS, common_name
 from cai.errors import FormatError
 
 MIN_CHAIN = 3
@@ -70,7 +70,7 @@ def describe(chain: Sequence[x509.Certificate]) -> Device:
         raise FormatError(f"device chain: a leaf of {chip!r} under {model!r}")
     try:
         key = leaf.public_key()
-    except (ValueError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"device chain: unusable leaf key ({error})") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise FormatError("device chain: the leaf's key is not on P-384")
@@ -93,7 +93,7 @@ def _fwid(leaf: x509.Certificate) -> bytes | None:
                     found.append(_fwid_of_identity(extension.value.value))
                 elif extension.oid == OID_TCB_INFO:
                     found.append(_fwid_of_tcb_info(extension.value.value))
-    except (ValueError, x509.DuplicateExtension) as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"device chain: leaf extensions: {error}") from error
     if len(found) > 1:
         raise FormatError("device chain: two firmware digests in the leaf")
@@ -101,12 +101,13 @@ def _fwid(leaf: x509.Certificate) -> bytes | None:
 
 
 def _fwid_of_identity(value: bytes) -> bytes:
-    # SEQUENCE { version, SEQUENCE of the device key, SEQUENCE { OID SHA-384, OCTET STRING 48 } }
-    outer = _only(value, _TAG_SEQUENCE)
-    parts = list(_elements(outer))
-    if not parts:
-        raise FormatError("device chain: empty firmware identity")
-    return _algorithm_and_digest(parts[-1])
+    # SEQUENCE { version, device key, SEQUENCE { OID SHA-384, OCTET STRING 48 } }; the digest is
+    # what the whole ends in, whichever parts stand before it.
+    _only(value, _TAG_SEQUENCE)
+    end = _SHA384 + bytes((_TAG_OCTETS, FWID_SIZE))
+    if value[: -FWID_SIZE][-len(end) :] != end:
+        raise FormatError("device chain: the firmware identity does not end in a SHA-384 digest")
+    return value[-FWID_SIZE:]
 
 
 def _fwid_of_tcb_info(value: bytes) -> bytes:

@@ -9,6 +9,7 @@ Parsing proves nothing; ``cai.attest.gpu.verify`` does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -34,6 +35,8 @@ RESPONSE_HEAD = bytes((0x11, 0x60))
 """SPDM 1.1, MEASUREMENTS."""
 
 BLOCK_SPECIFICATION_DMTF = 1
+
+_VERSION = re.compile(r"[0-9A-Fa-f]{2}(\.[0-9A-Fa-f]{2}){4}")
 
 OPAQUE_DRIVER_VERSION = 3
 OPAQUE_VBIOS_VERSION = 6
@@ -73,7 +76,11 @@ class Report:
         if not raw:
             return ""
         if len(raw) != 8:
-            raise FormatError(f"gpu report: VBIOS version has {len(raw)} bytes, expected 8")
+            # A switch spells it out.
+            text = _text(raw, "VBIOS version")
+            if not _VERSION.fullmatch(text):
+                raise FormatError("gpu report: unreadable VBIOS version")
+            return text
         # A u32 of the first four parts, then the fifth in the low byte of a second u32.
         parts = (*reversed(raw[:4]), raw[4])
         return ".".join(f"{part:02X}" for part in parts)

@@ -16,7 +16,7 @@ from typing import Any
 from cryptography import x509
 
 from cai import jcs
-from cai.attest.certificates import MAX_PEM
+from cai.attest.certificates import LIBRARY_ERRORS, MAX_PEM
 from cai.errors import FormatError, InputError, InputMissing, LimitExceeded, from_os_error
 
 MAX_COLLATERAL_FILE = 1024 * 1024
@@ -208,14 +208,14 @@ def _json_window(value: dict[str, Any], where: str) -> tuple[datetime, datetime]
 def _crl(text: str, where: str) -> x509.CertificateRevocationList:
     try:
         return x509.load_der_x509_crl(bytes.fromhex(text))
-    except (ValueError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"{where}: not the hex of a DER revocation list") from error
 
 
 def _crl_window(crl: x509.CertificateRevocationList, where: str) -> tuple[datetime, datetime]:
     try:
         start, end = crl.last_update_utc, crl.next_update_utc
-    except (ValueError, OverflowError) as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"{where}: no usable dates") from error
     return start, end or datetime.min.replace(tzinfo=UTC)
 
@@ -223,7 +223,7 @@ def _crl_window(crl: x509.CertificateRevocationList, where: str) -> tuple[dateti
 def _authority(crl: x509.CertificateRevocationList, where: str) -> str:
     try:
         names = [str(item.value) for item in crl.issuer]
-    except ValueError as error:
+    except LIBRARY_ERRORS as error:
         raise FormatError(f"{where}: pck_crl: unusable issuer") from error
     for authority in ("Platform", "Processor"):
         if any(f"PCK {authority} CA" in name for name in names):
