@@ -22,7 +22,7 @@ from cai.mount import Kind, device, mount, place, system, unmount
 from cai.mount.fuse import FuseMount
 from tests.mount.fake_tree import CHUNK, FakeTree
 
-pytestmark = [pytest.mark.fuse, pytest.mark.xdist_group("mount")]
+pytestmark = pytest.mark.fuse
 
 BIG = os.urandom(3 * 1024 * 1024 + 11)
 CONTENT = {

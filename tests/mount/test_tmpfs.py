@@ -16,8 +16,6 @@ from cai.mount.tmpfs import memory_available
 from tests.mount.fake_tree import FakeTree
 from tests.mount.test_fuse import CONTENT, fails, write_out
 
-pytestmark = pytest.mark.xdist_group("mount")
-
 BIG = os.urandom(2 * tmpfs.PIECE + 4097)
 TREE = {**CONTENT, "bigger": BIG}
 
