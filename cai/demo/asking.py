@@ -22,12 +22,12 @@ SAME_COSINE = 0.9999
 """Least cosine between another engine's embedding and ours for the same text and weights."""
 
 PAIRS = (
-    ("A cat is sleeping on the sofa.", "A kitten naps on the couch.", True),
-    ("How do I reset my password?", "I forgot my password and cannot log in.", True),
-    ("Share prices fell sharply today.", "The stock market dropped this morning.", True),
-    ("A cat is sleeping on the sofa.", "Share prices fell sharply today.", False),
-    ("How do I reset my password?", "The stock market dropped this morning.", False),
-    ("I forgot my password and cannot log in.", "A kitten naps on the couch.", False),
+    ("A cat sleeps on the sofa.", "A kitten naps on the couch.", True),
+    ("I forgot my password.", "How do I reset my login?", True),
+    ("Share prices fell sharply.", "The stock market dropped.", True),
+    ("A cat sleeps on the sofa.", "Share prices fell sharply.", False),
+    ("I forgot my password.", "The stock market dropped.", False),
+    ("How do I reset my login?", "A kitten naps on the couch.", False),
 )
 """Sentence pairs, and whether people would call them related."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from rich.table import Table
@@ -11,7 +10,7 @@ from rich.text import Text
 from cai.demo.stage import Stage
 from cai.demo.telling import SIMULATED, StoryBroken
 
-MAX_REASON = 70
+MAX_REASON = 120
 """Longest reason in the table, characters."""
 
 MIN_REFUSED = 5
@@ -35,9 +34,10 @@ def end(stage: Stage) -> dict[str, Any]:
         _require_decisions(rows)
         stage.tell.table(_audit_table(rows))
         commands = by_hand(stage)
-        stage.tell.note("by hand, in the demo's directory (cai demo --keep DIR):")
+        stage.tell.note("the gateways keep a line for each request: logs/tng-*.err")
+        stage.tell.note("each step by hand, in the directory of `cai demo --keep DIR`:")
         for line in commands:
-            stage.tell.note(f"  {line}")
+            stage.tell.copyable(f"    {line}")
         act.simulated = True
         act.facts = {"audit_rows": len(rows)}
     stage.tell.table(_acts_table(stage))
@@ -51,8 +51,8 @@ def end(stage: Stage) -> dict[str, Any]:
 
 
 def by_hand(stage: Stage) -> list[str]:
-    """Each step's command, as it was run; they work in the directory that ``--keep`` names."""
-    return [shlex.join(argv) for argv in stage.tell.commands]
+    """Each step's command once, as it was run; they work in the directory that ``--keep`` names."""
+    return list(dict.fromkeys(stage.tell.commands))
 
 
 def _require_decisions(rows: list[dict[str, Any]]) -> None:
@@ -74,18 +74,17 @@ def _require_decisions(rows: list[dict[str, Any]]) -> None:
 def _audit_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="audit log of the key broker", title_justify="left", box=None,
                   padding=(0, 1))
-    for heading in ("#", "time", "action", "decision", "why", ""):
-        table.add_column(heading, no_wrap=heading != "why", overflow="fold")
+    for heading, width in (("#", 3), ("decision", 8), ("action", 23), ("why", None)):
+        table.add_column(heading, min_width=width, no_wrap=True, overflow="ellipsis")
     for row in rows:
         allowed = row["decision"] == "allow"
-        reason = str(row["reason"] or row["subject"])
+        why = Text(f"{SIMULATED} " if row["simulated"] else "", style="bold yellow")
+        why.append(str(row["reason"] or row["subject"])[:MAX_REASON], style="default")
         table.add_row(
             str(row["seq"]),
-            Text(str(row["time"])[11:19], style="dim"),
-            str(row["action"]),
             Text(str(row["decision"]), style="green" if allowed else "magenta"),
-            Text(reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"),
-            Text(SIMULATED if row["simulated"] else "", style="bold yellow"),
+            str(row["action"]),
+            why,
         )
     return table
 

@@ -155,7 +155,7 @@ def peer_without_evidence(stage: Stage) -> Refusal:
         try:
             asking.embed(stage.proxy_url, f"http://127.0.0.1:{port}", stage.model.name, ["hello"])
         except PeerError as error:
-            reason = error.message
+            reason = error.message.removeprefix("POST /v1/embeddings: ")
         else:
             raise StoryBroken("the client's gateway sent a request to a peer without evidence")
         if seen:
@@ -198,7 +198,7 @@ def _host_refused(stage: Stage, name: str, *options: str) -> str:
     command[command.index("run")] = f"run-{name}"
     stage.tell.command(command)
     finished = stage.parties.run(f"host-{name}", command)
-    return must_be_refused(finished)
+    return must_be_refused(finished).removeprefix("key broker: ")
 
 
 def _must_end(finished: Finished, status: int, words: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ act that does not do what the story says raises; nothing is told that did not ta
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -200,9 +201,9 @@ def ask(stage: Stage, act: Act) -> None:
     tell = stage.tell
     _gateways(stage)
     tell.command(
-        ["curl", "--proxy", stage.proxy_url, f"{stage.service_url}/v1/embeddings",
+        [f"http_proxy={stage.proxy_url}", "curl", f"{stage.service_url}/v1/embeddings",
          "-H", "content-type: application/json",
-         "-d", f'{{"model":"{stage.model.name}","input":["…"]}}']
+         "-d", json.dumps({"model": stage.model.name, "input": [asking.SENTENCES[0]]})]
     )
     with tell.waiting("the client verifies the guest, then asks"):
         vectors = asking.embed(
@@ -231,8 +232,9 @@ def _client_verdict(stage: Stage) -> dict[str, Any]:
         f"the client's own {len(passed)} checks passed, bound to this very session; "
         "only then was it sent", simulated=True,
     )
+    stage.tell.note("what no check covers, as the verdict itself says:")
     for risk in verdict["residual_risks"]:
-        stage.tell.note(f"what no check covers: {risk}")
+        stage.tell.note(f"  · {risk}")
     return verdict
 
 
@@ -296,7 +298,7 @@ def _pair_table(pairs: list[asking.Similarity]) -> Table:
         style = "green" if pair.related else "dim"
         table.add_row(
             Text(f"{pair.cosine:6.3f}", style=style),
-            Text("█" * max(0, round(pair.cosine * 20)), style=style),
-            Text(f"{pair.first}  ↔  {pair.second}"),
+            Text("█" * max(0, round(pair.cosine * 10)), style=style),
+            Text(f"{pair.first} ↔ {pair.second}"),
         )
     return table

@@ -76,7 +76,7 @@ class Teller:
     def __init__(self, terminal: Terminal) -> None:
         self._console: Console | None = None if terminal.json_output else terminal.out
         self.acts: list[Act] = []
-        self.commands: list[list[str]] = []
+        self.commands: list[str] = []
 
     def title(self, text: str, below: str) -> None:
         """The opening."""
@@ -98,11 +98,18 @@ class Teller:
         act.ok = True
 
     def command(self, argv: Sequence[str]) -> None:
-        """A command that runs now, as a person would type it."""
-        self.commands.append(list(argv))
+        """A command that runs now, as a person would type it.
+
+        ``--json`` is how the demo reads the answer; what the command does is the same without.
+        """
+        line = shlex.join(word for word in argv if word != "--json")
+        self.commands.append(line)
+        self.copyable(f"    $ {line}", style="cyan")
+
+    def copyable(self, line: str, *, style: str = "dim") -> None:
+        """A line that the terminal wraps by itself, so that it can be copied as one."""
         if self._console is not None:
-            # Left to the terminal to wrap, so that it can be copied as one line.
-            self._console.print(Text(f"    $ {shlex.join(argv)}", style="cyan"), soft_wrap=True)
+            self._console.print(Text(line, style=style), soft_wrap=True)
 
     def did(self, text: str, *, simulated: bool = False, detail: str = "") -> None:
         """Something that happened as it should."""

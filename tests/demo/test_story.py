@@ -44,8 +44,15 @@ def test_what_rests_on_the_simulator_says_so_on_its_line() -> None:
     tell.did("a quote verified", simulated=True)
     tell.refused("a debug guest", "tdx.debug", simulated=True)
     tell.did("sealed")
+    tell.refused("a flipped bit", "objects/ab")
     lines = [line for line in out.getvalue().splitlines() if line.strip()]
-    assert [SIMULATED in line for line in lines] == [True, True, False, False]
+    assert [SIMULATED in line for line in lines] == [True, True, True, False, False, False]
+
+
+def test_commands_are_shown_as_a_person_types_them_and_in_one_line() -> None:
+    tell, out = teller()
+    tell.command(["cai", "host", "up", "--json", "--model", "x" * 300])
+    assert out.getvalue() == f"    $ cai host up --model {'x' * 300}\n"
 
 
 def test_an_act_is_ok_only_when_it_ended() -> None:
@@ -75,7 +82,7 @@ def test_under_json_nothing_decorative_is_printed() -> None:
         with tell.waiting("w"):
             pass
     assert out.getvalue() == ""
-    assert tell.commands == [["cai", "check", "a b"]]
+    assert tell.commands == ["cai check 'a b'"]
 
 
 def test_text_from_parties_is_not_read_as_markup() -> None:
@@ -189,7 +196,7 @@ def test_pairs_that_do_not_come_out_as_related_break_the_story() -> None:
 
 
 def test_pairs_that_come_out_as_related_are_told() -> None:
-    topics = [(0, "cat sofa kitten couch"), (1, "password log"), (2, "share stock market prices")]
+    topics = [(0, "cat sofa kitten couch"), (1, "password login"), (2, "share stock market prices")]
 
     def vector(text: str) -> list[float]:
         words = set(text.lower().strip("?.").replace(".", "").split())

@@ -131,7 +131,8 @@ def test_every_decision_is_in_the_audit_log(story: dict[str, Any]) -> None:
 
 def test_the_commands_are_there_to_repeat(story: dict[str, Any]) -> None:
     programs = {line.split()[0] for line in story["by_hand"]}
-    assert {"cai", "kbs", "tng", "curl"} <= programs
+    assert {"cai", "kbs", "tng"} <= programs
+    assert any(" curl " in line and line.startswith("http_proxy=") for line in story["by_hand"])
 
 
 def test_no_process_and_no_mount_is_left(story: dict[str, Any], work: Path) -> None:
@@ -147,7 +148,7 @@ def test_no_log_holds_the_key_or_a_sentence(story: dict[str, Any], work: Path) -
     for log in (work / "logs").iterdir():
         text = log.read_text(errors="replace")
         assert key not in text, log.name
-        assert "A kitten naps" not in text, log.name
+        assert "kitten naps" not in text, log.name
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
