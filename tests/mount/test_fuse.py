@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,3 +340,23 @@ def test_read_ahead_is_raised_where_allowed(fuse_point: Path) -> None:
         if not os.access(setting, os.W_OK):
             pytest.skip("sysfs cannot be written here")
         assert int(setting.read_text()) == device.READ_AHEAD_KIB
+
+
+@pytest.mark.skipif(shutil.which("fusermount3") is None, reason="fusermount3 is not installed")
+@pytest.mark.parametrize("busy", [False, True])
+def test_without_the_right_to_mount(
+    fuse_point: Path, monkeypatch: pytest.MonkeyPatch, *, busy: bool
+) -> None:
+    monkeypatch.setattr(system, "is_administrator", lambda: False)
+    mounted = mount(FakeTree(CONTENT), fuse_point, kind="fuse")
+    assert (fuse_point / "a/b/big").read_bytes() == BIG
+    found = system.mounted_at(place.resolve(fuse_point))
+    assert found is not None
+    assert found.kind == device.FUSE_KIND
+    if busy:
+        with (fuse_point / "one").open("rb"):
+            mounted.unmount()
+    else:
+        mounted.unmount()
+    assert system.mounted_at(place.resolve(fuse_point)) is None
+    assert mounted.wait(0)
