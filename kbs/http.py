@@ -151,7 +151,7 @@ def error_answer(request: Request, error: CaiError, *, unauthenticated: str) -> 
 
 def json_answer(value: object, *, status: int = 200) -> Response:
     """A JSON answer."""
-    return Response(json.dumps(value), status, media_type="application/json")
+    return Response(json.dumps(value, separators=(",", ":")), status, media_type="application/json")
 
 
 def _answer(

@@ -64,6 +64,7 @@ def decide(
         binding=Binding.KEY,
         hardware=hardware,
         unsafe=verification.unsafe if verification is not None else (),
+        residual_risks=verification.residual_risks if verification is not None else (),
     )
     if release is None or not verdict.passed:
         return verdict.extended((not_asked(CHECK_NAME),))

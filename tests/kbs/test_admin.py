@@ -1,0 +1,195 @@
+"""The admin listener: who may call it, what it stores, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cai.attest.jwk import b64u_encode
+from cai.errors import Unauthenticated
+from kbs.admin_auth import MAX_LIFETIME, authenticate, make_admin_token
+from kbs.broker import MAX_RESOURCE
+from tests.kbs.world import Site, Visitor
+
+ALLOW = b"package policy\ndefault allow := true\n"
+
+
+def jwt(key: Ed25519PrivateKey, claims: dict[str, Any], header: Any = None) -> str:
+    head = {"alg": "EdDSA", "typ": "JWT"} if header is None else header
+    signed = ".".join(b64u_encode(json.dumps(part).encode()) for part in (head, claims))
+    return f"{signed}.{b64u_encode(key.sign(signed.encode()))}"
+
+
+def claims(now: datetime, **changes: Any) -> dict[str, Any]:
+    seconds = int(now.timestamp())
+    value: dict[str, Any] = {
+        "sub": "admin", "aud": ["KBS"], "role": "admin", "iat": seconds, "exp": seconds + 60,
+    }
+    value.update(changes)
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def test_a_stock_token_is_accepted(site: Site) -> None:
+    now = site.clock()
+    for changes in ({}, {"aud": "KBS"}, {"aud": None}, {"iat": None}, {"iss": "TrusteeInDocker"}):
+        token = jwt(site.admin_key, claims(now, **changes))
+        key = site.admin_key.public_key()
+        assert authenticate(f"Bearer {token}", key, now=now) == "admin"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exp": None}, {"exp": 1}, {"exp": "never"}, {"exp": True}, {"exp": 1 << 40},
+        {"role": None}, {"role": "user"}, {"role": ["admin"]}, {"role": "Admin"},
+        {"aud": "AS"}, {"aud": ["AS"]}, {"aud": []}, {"iat": 1 << 40}, {"nbf": 1 << 40},
+        {"iat": "now"}, {"sub": 1}, {"sub": "x" * 200},
+    ],
+)
+def test_other_claims_are_refused(site: Site, changes: dict[str, Any]) -> None:
+    now = site.clock()
+    value = claims(now, **changes)
+    with pytest.raises(Unauthenticated):
+        authenticate(f"Bearer {jwt(site.admin_key, value)}", site.admin_key.public_key(), now=now)
+
+
+def test_a_token_cannot_live_for_long(site: Site) -> None:
+    now = site.clock()
+    value = claims(now, exp=int(now.timestamp()) + MAX_LIFETIME + 5)
+    with pytest.raises(Unauthenticated, match="more than"):
+        authenticate(f"Bearer {jwt(site.admin_key, value)}", site.admin_key.public_key(), now=now)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"alg": "none"}, {"alg": "HS256"}, {"alg": "ES256"}, {}, [], "x", None,
+    ],
+)
+def test_other_algorithms_are_refused(site: Site, header: Any) -> None:
+    token = jwt(site.admin_key, claims(site.clock()), header if header is not None else {"a": 1})
+    with pytest.raises(Unauthenticated):
+        authenticate(f"Bearer {token}", site.admin_key.public_key(), now=site.clock())
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "Bearer", "Bearer ", "Bearer a.b", "Bearer a.b.c", "Basic YTpi", "é é",
+             "Bearer " + "a" * 20000, "Bearer é.é.é", "Bearer ..."],
+)  # fmt: skip
+def test_what_is_no_token_is_refused(site: Site, text: str | None) -> None:
+    with pytest.raises(Unauthenticated):
+        authenticate(text, site.admin_key.public_key(), now=site.clock())
+
+
+ROUTES = [
+    ("POST", "resource/a/b/c"), ("POST", "resource-policy"), ("POST", "verification-policy"),
+    ("GET", "resource-policy"), ("GET", "verification-policy"), ("GET", "audit"),
+    ("POST", "nothing"), ("GET", "nothing"),
+]
+
+
+@pytest.mark.parametrize(("method", "route"), ROUTES)
+def test_every_route_asks_for_the_token(site: Site, method: str, route: str) -> None:
+    stranger = make_admin_token(Ed25519PrivateKey.generate(), now=site.clock())
+    before = len([row for row in site.audit() if row["action"] != "unauthenticated"])
+    for headers in ({}, {"Authorization": f"Bearer {stranger}"}):
+        answer = site.call(method, f"/kbs/v0/{route}", b"x", app="admin", headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["type"].endswith("/AdminAuthAccess")
+    assert len([row for row in site.audit() if row["action"] != "unauthenticated"]) == before
+    assert site.last("unauthenticated")["details"] == {"admin": 1}
+
+
+def test_admin_routes_answer_404_for_what_they_do_not_serve(site: Site) -> None:
+    assert site.admin("POST", "nothing", {}).status_code == 404
+    assert site.admin("GET", "nothing").status_code == 404
+    assert site.admin("GET", "resource-policy").status_code == 404
+    assert site.call("POST", "/kbs/v0/auth", b"{}", app="admin").status_code == 401
+
+
+def test_the_protocol_is_not_on_the_admin_listener(site: Site) -> None:
+    assert site.admin("GET", "resource/a/b/c").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["a/b", "a/b/c/d", "a/b/..", "a/b/c d", "a//c"])
+def test_resources_must_be_named_well(site: Site, path: str) -> None:
+    assert site.admin("POST", f"resource/{path}", b"x").status_code in (400, 404)
+
+
+def test_empty_and_oversize_resources_are_refused(site: Site) -> None:
+    assert site.admin("POST", "resource/a/b/c", b"").status_code == 400
+    assert site.admin("POST", "resource/a/b/c", bytes(MAX_RESOURCE + 1)).status_code == 413
+    assert site.admin("POST", "resource/a/b/c", bytes(MAX_RESOURCE)).json() == {"version": 1}
+
+
+def test_changes_are_audited_with_who_and_what(site: Site) -> None:
+    site.admin("POST", "resource/a/b/c", b"one")
+    answer = site.set_policy("resource-policy", ALLOW)
+    row = site.last("resource.set")
+    assert row["actor"] == {"kind": "admin", "name": "admin"}
+    assert row["change"]["object"] == "resource/a/b/c"
+    assert row["change"]["version"] == 1
+    row = site.last("policy.release.set")
+    assert row["policies"] == {"release": answer.json()["sha256"]}
+    assert row["request"] == answer.headers["x-request-id"]
+
+
+def test_policies_can_be_read_back_exactly(site: Site, visitor: Visitor) -> None:
+    from cai.attest.policy import policy_for
+
+    texts = {"resource-policy": ALLOW, "verification-policy": policy_for(visitor.facts())}
+    for route, text in texts.items():
+        assert site.set_policy(route, text).status_code == 200
+        assert site.admin("GET", route).json() == {"policy": b64u_encode(text)}
+
+
+def test_padding_of_the_policy_is_tolerated(site: Site) -> None:
+    import base64
+
+    padded = base64.urlsafe_b64encode(ALLOW).decode()
+    assert padded.endswith("=")
+    assert site.admin("POST", "resource-policy", {"policy": padded}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"x", {}, [], {"policy": None}, {"policy": 1}, {"policy": "!!"}, {"policy": ""},
+        {"policy": b64u_encode(b"\xff")}, {"policy": b64u_encode(b"garbage")},
+        {"policy": b64u_encode(b"package policy\nallow := {{{")},
+        {"policy": b64u_encode(b"package policy\n")},
+        {"policy": b64u_encode(b"package other\ndefault allow := true\n")},
+        {"policy": b64u_encode(b"package policy\ndefault allow := 1\n")},
+        {"policy": b64u_encode(ALLOW + b"\x00")},
+        {"policy": b64u_encode(ALLOW + b"#" * (256 * 1024))},
+    ],
+)
+def test_unsound_release_policies_are_not_stored(site: Site, body: Any) -> None:
+    site.set_policy("resource-policy", ALLOW)
+    answer = site.admin("POST", "resource-policy", body)
+    assert answer.status_code in (400, 413)
+    assert site.admin("GET", "resource-policy").json() == {"policy": b64u_encode(ALLOW)}
+
+
+@pytest.mark.parametrize("text", [b"", b"x =", b"version = 1\n", b"\xff", b"version = 9\n[tdx]\n"])
+def test_unsound_verification_policies_are_not_stored(site: Site, text: bytes) -> None:
+    assert site.set_policy("verification-policy", text).status_code == 400
+    assert site.admin("GET", "verification-policy").status_code == 404
+
+
+def test_the_audit_route_serves_the_exact_leaves(site: Site) -> None:
+    for number in range(5):
+        site.admin("POST", f"resource/a/b/c{number}", b"x")
+    _, leaves = site.broker.audit_leaves(start=0, limit=100)
+    answer = site.admin("GET", "audit?from=2&limit=3")
+    assert answer.content == b'{"size":6,"rows":[%s]}' % b",".join(leaves[2:5])
+    assert [row["seq"] for row in answer.json()["rows"]] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("query", ["from=-1", "from=x", "limit=9999", "from=1e3", "limit=٣"])
+def test_bad_ranges_are_refused(site: Site, query: str) -> None:
+    assert site.admin("GET", f"audit?{query}").status_code == 400
