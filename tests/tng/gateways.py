@@ -21,6 +21,7 @@ from cai.attest.statement import (
     ServedModel,
     report_data,
 )
+from cai.errors import PeerError
 from tng.config import Config, parse
 from tng.journal import Journal
 from tng.service import Gateway
@@ -128,7 +129,7 @@ async def serving(handler: Handler, path: Path | None = None) -> AsyncIterator[i
         tasks.add(task)
         try:
             await handler(reader, writer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (OSError, PeerError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             tasks.discard(task)
