@@ -34,13 +34,14 @@ def demo(
     Needs no TEE, no GPU, no Docker and no network. The TEE is SIMULATED, and every line that rests
     on it says so.
     """
-    from cai.demo.model import find_model
+    from cai.demo.model import find_model, require_extra
     from cai.demo.parties import Parties
     from cai.demo.stage import Engine, Stage, working_directory
     from cai.demo.story import perform
     from cai.demo.telling import Teller
 
     chosen = Engine(engine, _interpreter(engine, vllm_python))
+    require_extra()
     terminal = current()
     started = time.monotonic()
     with working_directory(keep) as work, Parties(work) as parties:

@@ -18,6 +18,9 @@ from cai.errors import PeerError, PeerUnreachable
 ANSWER_S = 60.0
 """Longest wait for an answer, seconds; a first request waits for a quote."""
 
+ENGINE_START_S = 170.0
+"""Longest time an engine may take to load a model, seconds; vLLM on a CPU takes up to a minute."""
+
 SAME_COSINE = 0.9999
 """Least cosine between another engine's embedding and ours for the same text and weights."""
 
@@ -67,7 +70,7 @@ def until_answered(party: Party, uds: Path, path: str) -> dict[str, Any]:
     """GET a JSON document from a Unix socket as soon as its party answers.
 
     Raises:
-        PartyEnded, PeerUnreachable: the party ends, or takes too long.
+        PartyEnded, PeerUnreachable: the party ends, or takes longer than ``ENGINE_START_S``.
     """
 
     def look() -> dict[str, Any] | None:
@@ -76,7 +79,7 @@ def until_answered(party: Party, uds: Path, path: str) -> dict[str, Any]:
         except PeerError:
             return None
 
-    return party.wait(look)
+    return party.wait(look, seconds=ENGINE_START_S)
 
 
 def listens(port: int) -> bool:

@@ -41,6 +41,23 @@ class DemoModel:
         )
 
 
+ENGINE_MODULES = ("numpy", "safetensors", "tokenizers")
+"""What the reference engine needs beyond the three programs: the extra ``demo``."""
+
+
+def require_extra() -> None:
+    """Demand that the extra ``demo`` is installed.
+
+    Raises:
+        InputMissing: naming what is missing.
+    """
+    missing = [name for name in ENGINE_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputMissing(
+            f"the demo needs {', '.join(missing)}", hint="make demo, or pip install with [demo]"
+        )
+
+
 def find_model(given: Path | None) -> DemoModel:
     """The caller's model, or the wheel's.
 

@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,14 +121,19 @@ class Party:
 
         return self.wait(look)
 
-    def wait(self, look: Callable[[], T | None]) -> T:
+    def wait(self, look: Callable[[], T | None], *, seconds: float | None = None) -> T:
         """Wait until ``look`` finds something.
+
+        Args:
+            look: gives what is waited for, or ``None`` while it is not there.
+            seconds: how long to wait; by default ``START_S``.
 
         Raises:
             PartyEnded: the process ended first.
-            PeerUnreachable: it took longer than ``START_S``.
+            PeerUnreachable: it took longer.
         """
-        deadline = time.monotonic() + START_S
+        longest = START_S if seconds is None else seconds
+        deadline = time.monotonic() + longest
         while True:
             status = self.process.poll()
             found = look()
@@ -138,7 +145,7 @@ class Party:
                 )
             if time.monotonic() > deadline:
                 raise PeerUnreachable(
-                    f"{self.name} was not ready in {START_S:.0f} s", hint=_last_line(self.err)
+                    f"{self.name} was not ready in {longest:.0f} s", hint=_last_line(self.err)
                 )
             time.sleep(_POLL_S)
 
@@ -252,15 +259,31 @@ class Parties:
 
     def close(self) -> None:
         """End every party, the last started first, then take away mounts that are left."""
-        # A second Ctrl-C must not interrupt the clearing up half-way.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _undisturbed():
             while self._parties:
                 self._parties.pop().stop()
             for place in reversed(mounts_under(self.work)):
                 unmount(place)
-        finally:
-            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back, so that a second one does not end the clearing up half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread, so they do not disturb this one
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if held:
+        signal.raise_signal(held[0])
 
 
 def mounts_under(directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def test_an_error_in_the_story_ends_the_parties_too(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         story()
     assert not alive(started[0].process.pid)
+
+
+def test_signals_wait_until_everything_is_cleared_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_S", 0.2)
+
+    def story() -> None:
+        with Parties(tmp_path) as parties:
+            started.extend(parties.start(name, DEAF) for name in ("a", "b"))
+            for party in started:
+                party.wait_document(lambda value: "deaf" in value)
+            timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+
+    started: list[module.Party] = []
+    with pytest.raises(KeyboardInterrupt):
+        story()
+    assert not any(alive(party.process.pid) for party in started)
 
 
 def test_a_party_deaf_to_sigterm_is_killed(

@@ -14,13 +14,13 @@ import httpx
 import pytest
 from rich.console import Console
 
-from cai.demo import asking, ending, recipe, refusals
+from cai.demo import asking, ending, model, recipe, refusals
 from cai.demo.asking import SENTENCES, cosine, similarities
-from cai.demo.model import DemoModel
+from cai.demo.model import DemoModel, require_extra
 from cai.demo.parties import Finished, Parties
 from cai.demo.stage import MAX_WORK_PATH, Engine, Stage, working_directory
 from cai.demo.telling import SIMULATED, StoryBroken, Teller
-from cai.errors import InputError, StorageError, UsageError
+from cai.errors import InputError, InputMissing, StorageError, UsageError
 from cai.host.settings import load_host_settings
 from cai.terminal import Terminal
 
@@ -32,8 +32,7 @@ def teller() -> tuple[Teller, io.StringIO]:
 
 
 def stage(work: Path) -> Stage:
-    model = DemoModel(work, "m", "a test")
-    return Stage(work, model, Engine(), Parties(work), teller()[0])
+    return Stage(work, DemoModel(work, "m", "a test"), Engine(), Parties(work), teller()[0])
 
 
 # --- telling ------------------------------------------------------------------------------------
@@ -143,6 +142,13 @@ def test_a_directory_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError), working_directory(tmp_path / "file" / "kept"):
         pass
+
+
+def test_what_the_engine_needs_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_extra()
+    monkeypatch.setattr(model, "ENGINE_MODULES", ("json", "no_such_module"))
+    with pytest.raises(InputMissing, match="no_such_module"):
+        require_extra()
 
 
 # --- recipes ------------------------------------------------------------------------------------
