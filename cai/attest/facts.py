@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cai.attest.statement import ChannelStatement, ReleaseStatement, ServedModel
+from cai.attest.tdx.quote import BODY_LAYOUT, HEADER_LAYOUT
 from cai.errors import FormatError, SettingError
 from cai.jcs import MAX_INTEGER
 from cai.settings import Section
@@ -239,8 +240,8 @@ def _facts(section: Section) -> Facts:
 
 def _tdx(section: Section) -> TdxFacts:
     facts = TdxFacts(
-        header=_texts(section, "header"),
-        body=_texts(section, "body"),
+        header=_layout(section, "header", (HEADER_LAYOUT,)),
+        body=_layout(section, "body", tuple(BODY_LAYOUT.values())),
         debug=section.flag("debug"),
         tcb_status=section.text("tcb_status"),
         tcb_date=section.text("tcb_date"),
@@ -289,6 +290,20 @@ def _list(section: Section, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise FormatError(f"{section.where}: {name} must be a list")
     return value
+
+
+def _layout(
+    section: Section, name: str, layouts: tuple[tuple[tuple[str, int], ...], ...]
+) -> dict[str, str]:
+    """Hex fields that are exactly those of one of the layouts."""
+    fields = _texts(section, name)
+    for layout in layouts:
+        if fields.keys() == dict(layout).keys() and all(
+            len(fields[part]) == 2 * size and set(fields[part]) <= set("0123456789abcdef")
+            for part, size in layout
+        ):
+            return fields
+    raise FormatError(f"{section.where}: {name} does not have the fields of a quote")
 
 
 def _texts(section: Section, name: str) -> dict[str, str]:
