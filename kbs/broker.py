@@ -427,7 +427,7 @@ class KeyBroker:
             None
             if verification is None
             else VerificationPolicy.parse(verification.contents, where="policy.toml"),
-            None if release is None else ReleasePolicy.parse(release.contents),
+            None if release is None else ReleasePolicy.stored(release.contents),
         )
 
     def _refusal(

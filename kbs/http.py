@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import PurePath
 from typing import Final
 
 from fastapi import FastAPI, Request, Response
@@ -67,7 +69,7 @@ def new_app(broker: KeyBroker, *, unauthenticated: str) -> FastAPI:
 
     async def known(request: Request, error: Exception) -> Response:
         if not isinstance(error, CaiError):
-            return await unknown(request, error)
+            return unknown(request, error)
         return error_answer(request, error, unauthenticated=unauthenticated)
 
     async def routing(request: Request, error: Exception) -> Response:
@@ -77,20 +79,25 @@ def new_app(broker: KeyBroker, *, unauthenticated: str) -> FastAPI:
         detail = f"{request.method} {request.url.path[:128]} is not served here"
         return _answer(404 if status == 405 else status, ErrorInformation(kind, detail), request)
 
-    async def unknown(request: Request, error: Exception) -> Response:
-        LOG.error("request %s failed: %s", request_id(request), type(error).__name__)
+    def unknown(request: Request, error: Exception) -> Response:
+        # Where it happened, but not the message: it may repeat what was being handled.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{PurePath(frame.filename).name}:{frame.lineno}"
+        LOG.error("request %s failed: %s at %s", request_id(request), type(error).__name__, place)
         detail = f"internal error, request {request_id(request)}"
         return _answer(500, ErrorInformation("PluginInternalError", detail), request)
 
     app.add_exception_handler(CaiError, known)
     app.add_exception_handler(HTTPException, routing)
-    app.add_exception_handler(Exception, unknown)
 
     @app.middleware("http")
     async def harden(
         request: Request, follow: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        response = await follow(request)
+        try:
+            response = await follow(request)
+        except Exception as error:
+            response = unknown(request, error)
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["X-Request-Id"] = request_id(request)

@@ -64,6 +64,18 @@ class ReleasePolicy:
             )
         return cls(text, sha256(data).hexdigest())
 
+    @classmethod
+    def stored(cls, data: bytes) -> ReleasePolicy:
+        """A policy that ``parse`` accepted before it was sealed into the database.
+
+        Raises:
+            FormatError: not UTF-8; it was stored by something else.
+        """
+        try:
+            return cls(data.decode("utf-8"), sha256(data).hexdigest())
+        except UnicodeDecodeError as error:
+            raise FormatError("stored policy: not UTF-8") from error
+
     def decide(self, claims: dict[str, Any], resource: ResourceName) -> Check:
         """The check that the policy makes of one request."""
         data = {
@@ -72,7 +84,7 @@ class ReleasePolicy:
             "query": {},
         }
         value, problem = _evaluate(self.text, claims, data)
-        observed = problem or ("undefined" if value is None else jcs_text(value))
+        observed = problem or ("undefined" if value is None else _shown(value))
         return check(
             CHECK_NAME,
             passed=value is True and not problem,
@@ -82,7 +94,7 @@ class ReleasePolicy:
         )
 
 
-def jcs_text(value: object) -> str:
+def _shown(value: object) -> str:
     """A policy's answer as short text."""
     try:
         return jcs.canonical(value).decode("utf-8")[:64]

@@ -26,7 +26,7 @@ from typing import Any, Final
 from cai import jcs
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.jwk import PublicJwk, TeeKey
-from cai.attest.statement import ReleaseStatement
+from cai.attest.statement import MAX_STATEMENT, ReleaseStatement
 from cai.errors import FormatError, LimitExceeded
 
 __all__ = [
@@ -370,11 +370,13 @@ def parse_additional_evidence(
     for name in value:
         if name not in ("nvidia", "cai"):
             raise FormatError(f"additional_evidence: {name[:32]!r} is not served")
-    devices: tuple[DeviceEvidence, ...] = ()
-    if "nvidia" in value:
-        devices = _devices(value["nvidia"])
-    statement = ReleaseStatement.from_json(value["cai"]) if "cai" in value else None
-    return devices, statement
+    devices = _devices(value["nvidia"]) if "nvidia" in value else ()
+    if "cai" not in value:
+        return devices, None
+    # What has no canonical form cannot be stored or logged either.
+    if len(jcs.canonical(value["cai"])) > MAX_STATEMENT:
+        raise LimitExceeded(f"additional_evidence.cai: more than {MAX_STATEMENT} bytes")
+    return devices, ReleaseStatement.from_json(value["cai"])
 
 
 _ERROR_BASE: Final = "https://github.com/confidential-containers/kbs/errors"

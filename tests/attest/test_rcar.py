@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from hashlib import sha384
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cai import jcs
 from cai.attest import rcar
@@ -203,6 +206,8 @@ def cai_member(**changes: Any) -> str:
         '{"cai":null}', '{"cai":{}}', '{"cai":[]}', cai_member(purpose="channel"),
         cai_member(launch_digest="AB" * 48), cai_member(launch_digest="ab"), cai_member(more=1),
         cai_member(guest_facts={"a": 1}), cai_member(agent_version=None),
+        cai_member(guest_facts={"a": "\ud800"}), cai_member(agent_version="\udfff"),
+        cai_member(guest_facts={"a": "x" * 70_000}),
         cai_member()[:-1] + "," + cai_member()[1:],
         cai_member().replace('"purpose"', '"agent_version":"0","purpose"'),
     ],
@@ -250,3 +255,34 @@ def test_init_data_digest_covers_the_whole_text() -> None:
 def test_bad_init_data_is_refused(text: str) -> None:
     with pytest.raises(FormatError):
         rcar.init_data_digest(text, size=48)
+
+
+NAMES = st.sampled_from(
+    ["nvidia", "cai", "device_evidence_list", "arch", "uuid", "evidence", "certificate", "kty",
+     "crv", "alg", "x", "y", "n", "e", "quote", "cc_eventlog", "nonce", "tee-pubkey",
+     "runtime-data", "tee-evidence", "primary_evidence", "additional_evidence", "init-data"]
+)  # fmt: skip
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.text(max_size=8),
+    st.sampled_from(["EC", "RSA", "P-256", "AA==", "00", "\ud800", NONCE, JWK["x"]]),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(VALUES)
+def test_only_our_errors_leave_a_parser(value: Any) -> None:
+    data = json.dumps(value).encode()
+    parsers: list[Any] = [
+        lambda: rcar.Request.parse(data), lambda: rcar.Challenge.parse(data),
+        lambda: rcar.Attestation.parse(data), lambda: rcar.PublicJwk.parse(value),
+        lambda: rcar.Attestation.parse_flat(data, nonce=NONCE),
+        lambda: rcar.parse_tdx_evidence(value),
+        lambda: rcar.parse_additional_evidence(data.decode()),
+    ]
+    for parse in parsers:
+        with contextlib.suppress(CaiError):
+            parse()

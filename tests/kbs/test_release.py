@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -561,3 +562,56 @@ def test_failures_of_strangers_are_counted_not_listed(site: Site) -> None:
     site.get("0" * 32)
     row = site.last("unauthenticated")
     assert row["details"] == {"session": 20}
+
+
+def test_a_fault_of_our_own_tells_no_message(
+    allowed: Site, visitor: Visitor, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("holds planted-text")
+
+    _, cookie = visitor.attested(allowed)
+    monkeypatch.setattr(allowed.broker, "release", fault)
+    answer = allowed.get(cookie)
+    assert answer.status_code == 500
+    assert answer.json()["type"].endswith("/PluginInternalError")
+    assert "RuntimeError at test_release.py" in caplog.text
+    assert "planted-text" not in answer.text + caplog.text
+
+
+def test_hostile_guest_facts_stay_text(allowed: Site, visitor: Visitor) -> None:
+    """A guest's own words reach Rego as strings, whatever they hold."""
+    assert visitor.statement is not None
+    hostile = '"}, "submods": {"cpu0": 1}} \n\\ ` $ é \u2028'
+    facts = {**visitor.statement.guest_facts, "x": hostile, hostile: "y"}
+    guest = visitor.but(statement=replace(visitor.statement, guest_facts=facts))
+    _, cookie = guest.attested(allowed)
+    for expected, status in ((hostile, 200), (hostile + " ", 403)):
+        rule = f"guest.x == {json.dumps(expected, ensure_ascii=False)}; count(input.submods) == 2"
+        where = 'input.submods.cpu0["ear.veraison.annotated-evidence"].cai.guest'
+        text = (
+            "package policy\nimport rego.v1\ndefault allow := false\n"
+            f"allow if {{ guest := {where}; {rule} }}\n"
+        )
+        assert allowed.set_policy("resource-policy", text.encode()).status_code == 200
+        assert allowed.get(cookie).status_code == status
+
+
+def test_one_nonce_is_spent_once_by_many(allowed: Site, visitor: Visitor) -> None:
+    nonce, cookie = allowed.auth()
+    body = visitor.but(debug=True).body(nonce)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: allowed.attest(cookie, body).status_code, range(8)))
+    assert sorted(answers) == [401] * 7 + [403]
+
+
+def test_many_guests_at_once(allowed: Site, visitor: Visitor) -> None:
+    def visit(_: int) -> bytes:
+        mine = visitor.but(key=rcar.TeeKey.generate())
+        return mine.open(allowed.get(mine.attested(allowed)[1]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(visit, range(16))) == {SECRET_TEXT}
+    rows = allowed.audit()
+    assert [row["seq"] for row in rows] == list(range(len(rows)))
