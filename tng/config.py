@@ -139,7 +139,7 @@ def load_content(text: str) -> Config:
     Raises:
         SettingError, LimitExceeded: it is not a configuration of this version.
     """
-    data = text.encode("utf-8", "surrogateescape")
+    data = text.encode("utf-8", "surrogatepass")
     return parse(parse_json(data, "--config-content"), where="--config-content")
 
 

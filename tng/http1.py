@@ -90,6 +90,8 @@ def demand_strict_head(raw: bytes) -> None:
         seen[key] = seen.get(key, 0) + 1
         if key == b"transfer-encoding":
             codings.append(value.strip(b" \t").lower())
+        if key == b"content-length" and not value.strip(b" \t").isdigit():
+            raise BadRequest("content-length is not one number")
     if seen.get(b"content-length", 0) > 1 or seen.get(b"host", 0) > 1:
         raise BadRequest("content-length or host is given twice")
     if codings and (b"content-length" in seen or codings != [b"chunked"]):
@@ -200,7 +202,7 @@ class ClientConnection:
             self._http.receive_data(data)
             event = self._http.next_event()
         except h11.RemoteProtocolError as error:
-            raise BadRequest(f"not an HTTP/1.1 request: {error}") from error
+            raise BadRequest(f"not an HTTP/1.1 request: {told(error)}") from error
         if not isinstance(event, h11.Request) or event.http_version not in (b"1.0", b"1.1"):
             raise BadRequest("not an HTTP/1.1 request")
         return event
@@ -215,7 +217,7 @@ class ClientConnection:
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
-                raise BadRequest(f"the request body is malformed: {error}") from error
+                raise BadRequest(f"the request body is malformed: {told(error)}") from error
             if event is h11.NEED_DATA:
                 try:
                     async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -260,7 +262,7 @@ class ClientConnection:
                 self._writer.write(data)
             await self._writer.drain()
         except h11.LocalProtocolError as error:
-            raise PeerError(f"the upstream's response cannot be sent on: {error}") from error
+            raise PeerError(f"the upstream's response cannot be sent on: {told(error)}") from error
         except OSError as error:
             raise ClientGone("the client left inside the response") from error
 
@@ -300,6 +302,11 @@ class ClientConnection:
             return await self._reader.read(_CHUNK)
         except OSError as error:
             raise ClientGone("the client's connection broke") from error
+
+
+def told(error: h11.ProtocolError) -> str:
+    """What h11 says, without the bytes that it quotes: those may be somebody's prompt."""
+    return str(error).partition(":")[0]
 
 
 def _fresh() -> h11.Connection:

@@ -28,6 +28,7 @@ from tng.http1 import (
     SlowRequest,
     end_to_end,
     parse_target,
+    told,
 )
 from tng.journal import Journal
 from tng.peers import Peers
@@ -210,7 +211,7 @@ class _Exchange:
         try:
             data = self._http.send(event)
         except h11.LocalProtocolError as error:
-            raise BadRequest(f"the request cannot be sent on: {error}") from error
+            raise BadRequest(f"the request cannot be sent on: {told(error)}") from error
         if data:
             await self._stream.write(data)
 
@@ -238,7 +239,7 @@ class _Exchange:
                 async with asyncio.timeout(RESPONSE_TIMEOUT_S):
                     self._http.receive_data(await self._stream.read())
         except h11.RemoteProtocolError as error:
-            raise PeerError(f"the upstream's answer is no HTTP response: {error}") from error
+            raise PeerError(f"the upstream's answer is no HTTP response: {told(error)}") from error
         except TimeoutError as error:
             raise PeerError(
                 f"the upstream was silent for {RESPONSE_TIMEOUT_S:g} s"
