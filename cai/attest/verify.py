@@ -57,7 +57,7 @@ def verify_evidence(
     Returns:
         The verdict, and the facts if and only if it passed.
     """
-    # (1) to (10): the quote, spec-evidence §3.
+    # The quote: steps 1 to 10 of spec-evidence §3.
     tdx = verify_quote(
         evidence.quote,
         report_data=report_data,
@@ -65,7 +65,7 @@ def verify_evidence(
         collateral=collateral,
         now=now,
     )
-    # (11) to (20): the devices, spec-evidence §4.
+    # The devices: steps 1 to 10 of spec-evidence §4.4.
     gpu = verify_devices(evidence.devices, nonce=gpu_nonce, root=anchors.gpu_root, now=now)
     event_log = not_asked("tdx.event_log", reason="event logs are not replayed yet")
     risks = [RISK_SIMULATED] if anchors.simulated else [RISK_PHYSICAL]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tomllib
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,6 +307,17 @@ def test_what_is_not_toml() -> None:
         parse(b"#" * (1024 * 1024 + 1))
     with pytest.raises(SettingError):
         parse(b"")
+
+
+def test_the_documented_example_is_a_policy() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "spec-policy.md").read_text()
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    policy = parse(example.replace("<96 hex>", "00" * 48))
+    assert policy.unsafe == ()
+    rows = [row for row in text.splitlines() if row.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    written = {row.partition(" = ")[0] for row in EXACT.splitlines() if " = " in row}
+    assert written <= documented
 
 
 def test_apply_extends_a_verdict() -> None:
