@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 BINDING = bytes(reversed(range(64)))
 NONCE = b"\x09" * 32
-NOW = datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Desk:
     ) -> tuple[Verdict, Facts | None]:
         verdict, facts = verify_evidence(
             evidence or self.evidence, subject="guest", report_data=report_data, gpu_nonce=nonce,
-            anchors=anchors or self.anchors, collateral=self.collateral, now=NOW,
+            anchors=anchors or self.anchors, collateral=self.collateral, now=datetime.now(UTC),
         )
         assert (facts is not None) == verdict.passed
         return verdict, facts

@@ -136,13 +136,13 @@ def issue(
     return Identity(private, builder.sign(signer, _digest(signer)))
 
 
-def revocation_list(issuer: Identity, *, now: datetime, lifetime: timedelta) -> bytes:
-    """An empty revocation list, DER."""
+def revocation_list(issuer: Identity, *, start: datetime, end: datetime) -> bytes:
+    """An empty revocation list, DER, valid from ``start`` to ``end``."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.certificate.subject)
-        .last_update(now.astimezone(UTC).replace(microsecond=0))
-        .next_update((now + lifetime).astimezone(UTC).replace(microsecond=0))
+        .last_update(start.astimezone(UTC).replace(microsecond=0))
+        .next_update(end.astimezone(UTC).replace(microsecond=0))
         .add_extension(x509.CRLNumber(1), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()),

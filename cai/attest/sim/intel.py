@@ -26,7 +26,10 @@ from cai.attest.tdx.quote import (
 )
 
 COLLATERAL_LIFETIME = timedelta(days=30)
-"""Validity of simulated collateral, as Intel's."""
+"""Validity of simulated collateral from its making, as Intel's."""
+
+COLLATERAL_BACKDATED = timedelta(hours=1)
+"""How long before its making collateral is valid, so that clocks may differ."""
 
 FMSPC = b"SIMUL\x00"
 """Platform family of simulated platforms; spells what it is."""
@@ -106,17 +109,18 @@ def collateral(processor: Processor, *, now: datetime) -> dict[str, str]:
     Returns:
         The members of a collateral file (``cai.attest.tdx.collateral.MEMBERS``).
     """
-    issued = now.astimezone(UTC).replace(microsecond=0)
+    made = now.astimezone(UTC).replace(microsecond=0)
+    issued, expires = made - COLLATERAL_BACKDATED, made + COLLATERAL_LIFETIME
     window = {
         "issueDate": _stamp(issued),
-        "nextUpdate": _stamp(issued + COLLATERAL_LIFETIME),
+        "nextUpdate": _stamp(expires),
         "tcbEvaluationDataNumber": EVAL_DATA_NUMBER,
     }
     tcb_info = json.dumps(_tcb_info(window), separators=(",", ":"))
     qe_identity = json.dumps(_qe_identity(window), separators=(",", ":"))
     signer_chain = (processor.tcb_signing.pem + processor.root.pem).decode("ascii")
-    root_crl = revocation_list(processor.root, now=issued, lifetime=COLLATERAL_LIFETIME)
-    pck_crl = revocation_list(processor.platform_ca, now=issued, lifetime=COLLATERAL_LIFETIME)
+    root_crl = revocation_list(processor.root, start=issued, end=expires)
+    pck_crl = revocation_list(processor.platform_ca, start=issued, end=expires)
     return {
         "pck_crl_issuer_chain": (processor.platform_ca.pem + processor.root.pem).decode("ascii"),
         "root_ca_crl": root_crl.hex(),

@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha384
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,7 +200,8 @@ def test_collateral_lasts_thirty_days_and_can_be_renewed(tmp_path: Path) -> None
     directory = platform.anchors / "collateral"
     first = load_collateral(directory).find(intel.FMSPC.hex(), "platform")
     assert first is not None
-    assert (first.expires - first.issued).days == 30
+    assert first.expires == old + timedelta(days=30)
+    assert first.issued == old - timedelta(hours=1)
     platform.renew_collateral(now=NOW)
     store = load_collateral(directory)
     assert len(store) == 1

@@ -54,10 +54,10 @@ def parsed(data: bytes) -> Collateral:
 def test_index_terms_and_window(members: dict[str, str]) -> None:
     item = parsed(encoded(members))
     assert (item.fmspc, item.ca, item.eval_data_number) == (FMSPC, "platform", 19)
-    assert item.issued == START
+    assert item.issued == START - timedelta(hours=1)
     assert item.expires == START + timedelta(days=30)
     assert item.covers(START)
-    assert not item.covers(START - timedelta(seconds=1))
+    assert not item.covers(START - timedelta(hours=1, seconds=1))
     assert not item.covers(START + timedelta(days=30, seconds=1))
 
 
