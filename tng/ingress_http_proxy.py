@@ -59,6 +59,14 @@ class HttpProxy:
         self._peers = peers
         self._journal = journal
         self._clients = 0
+        self._idle: set[ClientConnection] = set()
+        self._leaving = False
+
+    def leave(self) -> None:
+        """Take no further requests: connections between two requests are closed now."""
+        self._leaving = True
+        for client in list(self._idle):
+            client.abort()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client connection to its end."""
@@ -68,7 +76,7 @@ class HttpProxy:
             return
         self._clients += 1
         try:
-            while await self._next(client, reader, writer):
+            while not self._leaving and await self._next(client, reader, writer):
                 pass
         except ClientGone:
             client.abort()
@@ -86,7 +94,7 @@ class HttpProxy:
         started = time.monotonic()
         what = "request"
         try:
-            request = await client.next_request()
+            request = await self._request(client)
             if request is None:
                 return False
             destination, path = parse_target(request)
@@ -115,6 +123,13 @@ class HttpProxy:
             stream.reset(Code.CANCELLED)
         self._log(what, status, started, proven)
         return request.method != b"CONNECT" and client.reusable
+
+    async def _request(self, client: ClientConnection) -> h11.Request | None:
+        self._idle.add(client)
+        try:
+            return await client.next_request()
+        finally:
+            self._idle.discard(client)
 
     async def _tunnel(
         self,

@@ -50,6 +50,7 @@ class Gateway:
         self._connections: set[asyncio.Task[Any]] = set()
         self._leaving = False
         self._listen: dict[str, list[str]] = {}
+        self._proxies: list[HttpProxy] = []
         self._peers = {
             entry.name: Peers(
                 entry.name,
@@ -106,6 +107,8 @@ class Gateway:
         self._leaving = True
         for server in self._servers:
             server.close()
+        for proxy in self._proxies:
+            proxy.leave()
         for egress in self._egress.values():
             egress.leave()
         for peers in self._peers.values():
@@ -131,6 +134,7 @@ class Gateway:
         peers = self._peers[entry.name]
         if isinstance(entry, HttpProxyIngress):
             proxy = HttpProxy(entry, peers, self._journal)
+            self._proxies.append(proxy)
             await self._open(entry.name, entry.listen, proxy.serve)
             return
         mapping = PortMapping(entry, peers, self._journal)
