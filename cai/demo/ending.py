@@ -72,10 +72,10 @@ def _require_decisions(rows: list[dict[str, Any]]) -> None:
 
 
 def _audit_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="audit log of the key broker", title_justify="left", box=None,
-                  padding=(0, 1))
-    for heading, width in (("#", 3), ("decision", 8), ("action", 23), ("why", None)):
-        table.add_column(heading, min_width=width, no_wrap=True, overflow="ellipsis")
+    table = Table(title="audit log of the key broker", title_justify="left", box=None, expand=True)
+    for heading, width in (("#", 3), ("decision", 8), ("action", 23)):
+        table.add_column(heading, width=width, no_wrap=True)
+    table.add_column("why", ratio=1, no_wrap=True, overflow="ellipsis")
     for row in rows:
         allowed = row["decision"] == "allow"
         why = Text(f"{SIMULATED} " if row["simulated"] else "", style="bold yellow")

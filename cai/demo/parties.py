@@ -329,10 +329,13 @@ def _resolved(argv: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without proxies, which would carry loopback requests elsewhere."""
+    """The environment without proxies, which would carry loopback requests elsewhere.
+
+    An engine must not ask a model hub for files or report its use to its makers.
+    """
     return {
         name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
-    } | {"PYTHONUNBUFFERED": "1"}
+    } | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def _tail(path: Path) -> str:

@@ -26,6 +26,14 @@ from cai.demo.stage import Stage
 from cai.demo.telling import Act, StoryBroken
 from cai.errors import PeerError, Refused, Tampered
 
+LISTENING = "0A"
+"""State of a listening socket in the kernel's tables."""
+
+LOOPBACK = (
+    "0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F",
+)
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as the kernel's tables write them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -181,16 +189,31 @@ def plain_request(stage: Stage) -> Refusal:
     return Refusal("plain-request", what, "the host's gateway", asking.reason_of(answer))
 
 
-def tcp_listeners(pid: int) -> list[str]:
-    """Addresses on which a process listens by TCP (proc(5), net/tcp), in the kernel's notation."""
-    try:
-        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
-    except OSError:
-        return []
-    own = {link[8:-1] for link in links if link.startswith("socket:[")}
-    rows = [row.split() for table in tables for row in table.splitlines()[1:]]
-    return [row[1] for row in rows if row[3] == "0A" and row[9] in own]
+def tcp_listeners(session: int) -> list[str]:
+    """TCP ports on which the processes of a session listen (proc(5): fd, net/tcp).
+
+    Args:
+        session: its leader's process id; each party has a session of its own.
+
+    Returns:
+        ``loopback:PORT`` or ``any:PORT`` for each, sorted.
+    """
+    sockets: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                sockets |= {str(link.readlink()) for link in (entry / "fd").iterdir()}
+        except OSError:
+            continue  # it has just ended
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+            words = row.split()
+            if words[3] == LISTENING and f"socket:[{words[9]}]" in sockets:
+                address, _, port = words[1].partition(":")
+                where = "loopback" if address in LOOPBACK else "any"
+                found.append(f"{where}:{int(port, 16)}")
+    return sorted(found)
 
 
 def _host_refused(stage: Stage, name: str, *options: str) -> str:

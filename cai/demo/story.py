@@ -171,15 +171,22 @@ def serve(stage: Stage, act: Act) -> None:
     party = stage.parties.start("engine", command)
     with tell.waiting("the engine loads the weights"):
         models = asking.until_answered(party, stage.engine_socket, "/v1/models")
-    served = models["data"][0]
+    name = str(models["data"][0]["id"])
+    listening = refusals.tcp_listeners(party.process.pid)
     if stage.engine.kind == "reference":
         says = str(asking.over_socket(stage.engine_socket, "/health")["engine"])
+        if listening:
+            raise StoryBroken(f"the engine listens on TCP: {', '.join(listening)}")
+        tell.did(f"{name} served by the {says}, on a Unix socket; no TCP port")
     else:
-        says = str(served.get("owned_by", "vllm"))
-    if listening := refusals.tcp_listeners(party.process.pid):
-        raise StoryBroken(f"the engine listens on TCP: {', '.join(listening)}")
-    tell.did(f"{served['id']} served by the {says}, on a Unix socket; it has no TCP port")
-    act.facts = {"mount": stage.mount_kind, "engine": says, "model": served["id"]}
+        says = "vLLM"
+        tell.did(f"{name} served by {says}; its API is on a Unix socket only")
+        if listening:
+            open_to = "loopback only" if all("loopback" in item for item in listening) else "ANY"
+            tell.note(f"its processes talk by TCP among themselves: {len(listening)} ports, {open_to}")
+    act.facts = {
+        "mount": stage.mount_kind, "engine": says, "model": name, "tcp_listeners": listening,
+    }
 
 
 def engine_command(stage: Stage) -> list[str]:

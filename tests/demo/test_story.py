@@ -262,11 +262,13 @@ def test_tcp_listeners_of_a_process_are_found(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(tmp_path / "u.sock")]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    ) as process:
         assert process.stdout
         assert process.stdin
         port = int(process.stdout.readline())
-        assert [row.split(":")[1] for row in refusals.tcp_listeners(process.pid)] == [f"{port:04X}"]
+        assert refusals.tcp_listeners(process.pid) == [f"loopback:{port}"]
         process.stdin.close()
         assert process.stdout.readline() == "closed\n"
         assert refusals.tcp_listeners(process.pid) == []
