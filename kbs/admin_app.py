@@ -13,9 +13,11 @@ from cai import jcs
 from cai.attest.jwk import b64u_decode, b64u_encode
 from cai.attest.rcar import MAX_MESSAGE
 from cai.errors import FormatError, InputMissing
+from kbs.administration import MAX_RESOURCE
 from kbs.audit import MAX_ROWS
-from kbs.broker import MAX_RESOURCE, RELEASE_POLICY, VERIFICATION_POLICY, KeyBroker
+from kbs.broker import KeyBroker
 from kbs.http import json_answer, new_app, read_body, request_id
+from kbs.policy_rows import RELEASE_POLICY, VERIFICATION_POLICY
 
 POLICY_ROUTES = {"resource-policy": RELEASE_POLICY, "verification-policy": VERIFICATION_POLICY}
 """Route names of the policies."""
@@ -24,10 +26,11 @@ POLICY_ROUTES = {"resource-policy": RELEASE_POLICY, "verification-policy": VERIF
 def admin_app(broker: KeyBroker) -> FastAPI:
     """The application of the admin listener."""
     app = new_app(broker, unauthenticated="AdminAuthAccess")
+    office = broker.administration
 
     async def admin(request: Request) -> str:
         return await run_in_threadpool(
-            broker.authenticate, request.headers.get("authorization")
+            office.authenticate, request.headers.get("authorization")
         )
 
     @app.post("/kbs/v0/resource/{path:path}")
@@ -35,7 +38,7 @@ def admin_app(broker: KeyBroker) -> FastAPI:
         name = await admin(request)
         body = await read_body(request, limit=MAX_RESOURCE)
         version = await run_in_threadpool(
-            broker.set_resource, path, body, admin=name, request=request_id(request)
+            office.set_resource, path, body, admin=name, request=request_id(request)
         )
         return json_answer({"version": version})
 
@@ -45,7 +48,7 @@ def admin_app(broker: KeyBroker) -> FastAPI:
         kind = _kind(route)
         text = _policy_text(await read_body(request))
         digest = await run_in_threadpool(
-            broker.set_policy, kind, text, admin=name, request=request_id(request)
+            office.set_policy, kind, text, admin=name, request=request_id(request)
         )
         return json_answer({"sha256": digest})
 
@@ -54,7 +57,7 @@ def admin_app(broker: KeyBroker) -> FastAPI:
         await admin(request)
         start = _number(request, "from", 0, most=jcs.MAX_INTEGER)
         limit = _number(request, "limit", MAX_ROWS, most=MAX_ROWS)
-        size, leaves = await run_in_threadpool(broker.audit_leaves, start=start, limit=limit)
+        size, leaves = await run_in_threadpool(office.audit_leaves, start=start, limit=limit)
         # The leaves as they are: a reader hashes exactly these canonical bytes.
         body = b'{"size":%d,"rows":[%s]}' % (size, b",".join(leaves))
         return Response(body, media_type="application/json")
@@ -62,7 +65,7 @@ def admin_app(broker: KeyBroker) -> FastAPI:
     @app.get("/kbs/v0/{route}")
     async def get_policy(request: Request, route: str) -> Response:
         await admin(request)
-        text = await run_in_threadpool(broker.policy_text, _kind(route))
+        text = await run_in_threadpool(office.policy_text, _kind(route))
         if text is None:
             raise InputMissing(f"no {route} is set", hint="kbs policy set")
         return json_answer({"policy": b64u_encode(text)})

@@ -1,4 +1,4 @@
-"""The key broker itself: protocol, decisions, database and audit log put together.
+"""The key broker as guests meet it: protocol, decisions, database and audit log put together.
 
 Synchronous, and safe to call from several threads; the HTTP surfaces call it off their event loop.
 Every method that decides commits its audit row before it returns (decisions §6).
@@ -6,17 +6,17 @@ Every method that decides commits its audit row before it returns (decisions §6
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection
 
 from cai.attest import jwe
 from cai.attest.anchors import TrustAnchors
-from cai.attest.policy import VerificationPolicy
+from cai.attest.facts import Facts
+from cai.attest.jwk import PublicJwk
 from cai.attest.rcar import Challenge, Request
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.verdict import Check, Verdict, check
@@ -25,49 +25,19 @@ from cai.errors import (
     EvidenceRefused,
     FormatError,
     InputMissing,
-    LimitExceeded,
     PolicyDenied,
     Unauthenticated,
 )
-from kbs import admin_auth, protocol, token
-from kbs.audit import AuditLog, Entry, FailureCount, read_leaves
-from kbs.database import POLICY, RESOURCE
+from kbs import protocol, token
+from kbs.administration import Administration
+from kbs.audit import Entry
+from kbs.core import Core
 from kbs.instance import Instance
 from kbs.names import ResourceName
-from kbs.rego import ReleasePolicy
+from kbs.policy_rows import Policies, current_policies
 from kbs.release import decide
-from kbs.rows import SealedRows, Stored
-from kbs.sessions import Established, Session, SessionStore, State, session_ref
-
-MAX_RESOURCE = 1024 * 1024
-"""Largest resource, bytes."""
-
-RELEASE_POLICY: Final = "release"
-"""Row of the Rego policy."""
-
-VERIFICATION_POLICY: Final = "verification"
-"""Row of ``policy.toml``."""
-
-_POLICIES: Final[Mapping[str, Callable[[bytes], object]]] = {
-    RELEASE_POLICY: ReleasePolicy.parse,
-    VERIFICATION_POLICY: lambda data: VerificationPolicy.parse(data, where="policy.toml"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """The policies in force in one transaction."""
-
-    verification: VerificationPolicy | None
-    release: ReleasePolicy | None
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each policy's exact bytes, hex; empty text where none is set."""
-        return {
-            VERIFICATION_POLICY: self.verification.digest if self.verification else "",
-            RELEASE_POLICY: self.release.digest if self.release else "",
-        }
+from kbs.rows import Stored
+from kbs.sessions import Established, Session, State, session_ref
 
 
 class KeyBroker:
@@ -94,18 +64,10 @@ class KeyBroker:
         self.unsafe = unsafe
         self._anchors = anchors
         self._collateral = collateral
-        self._clock = clock
-        self._database = instance.database
-        rows = {
-            "instance": instance.id, "realm": instance.realm.value, "sealer": instance.sealer,
-        }  # fmt: skip
-        self._audit = AuditLog(instance.id, instance.realm.value)
-        self._resources = SealedRows(RESOURCE, **rows)  # type: ignore[arg-type]
-        self._policies = SealedRows(POLICY, **rows)  # type: ignore[arg-type]
-        self._sessions = SessionStore(**rows)  # type: ignore[arg-type]
-        self._failures = FailureCount()
-
-    # The protocol.
+        self._core = Core(instance, clock)
+        self.administration = Administration(self._core)
+        self.count_failure = self._core.count_failure
+        self.close = self._core.close
 
     def auth(self, body: bytes) -> tuple[dict[str, Any], str]:
         """Begin a session.
@@ -119,9 +81,10 @@ class KeyBroker:
         """
         request = Request.parse(body)
         protocol.accept_request(request)
-        with self._database.write() as connection:
-            cookie, session = self._sessions.begin(
-                connection, version=request.version, tee=request.tee, now=self._clock()
+        core = self._core
+        with core.database.write() as connection:
+            cookie, session = core.sessions.begin(
+                connection, version=request.version, tee=request.tee, now=core.clock()
             )
         return Challenge(session.nonce).to_json(), cookie
 
@@ -136,17 +99,17 @@ class KeyBroker:
             FormatError, LimitExceeded: the message has another form.
             EvidenceRefused: a hard check failed; carries the verdict.
         """
-        session = self._find(session_ref(cookie))
+        core, session = self._core, self._find(session_ref(cookie))
         if session.state is State.ATTESTED:
-            with self._database.read() as connection:
-                return self._sessions.established(connection, session).token
+            with core.database.read() as connection:
+                return core.sessions.established(connection, session).token
         try:
             attestation = protocol.parse_attestation(
                 body, version=session.version, nonce=session.nonce
             )
             self._consume(session)
         except CaiError as error:
-            self._record(self._refusal("attest", session, request, error))
+            core.record(self._refusal("attest", session, request, error))
             raise
         verified = protocol.verify_attestation(
             attestation,
@@ -154,7 +117,7 @@ class KeyBroker:
             realm=self.instance.realm,
             anchors=self._anchors,
             collateral=self._collateral,
-            now=self._clock(),
+            now=core.clock(),
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
@@ -167,13 +130,15 @@ class KeyBroker:
             evidence=verified.evidence,
         )
         if verified.facts is None:
-            self._record(entry)
+            core.record(entry)
             verdict.require()
             raise EvidenceRefused(f"{verdict.subject} refused", verdict=verdict)
-        with self._database.write() as connection:
-            established = self._establish(connection, session, attestation.tee_pubkey, verified)
-            self._sessions.complete(connection, session, established)
-            self._audit.append(connection, entry, self._clock())
+        with core.database.write() as connection:
+            established = self._establish(
+                connection, session, verified.facts, attestation.tee_pubkey, verified.evidence
+            )
+            core.sessions.complete(connection, session, established)
+            core.audit.append(connection, entry, core.clock())
         return established.token
 
     def release(
@@ -194,128 +159,34 @@ class KeyBroker:
             Unauthenticated: no attested session.
             PolicyDenied: a policy says no, or there is none; carries the verdict.
             InputMissing: not a resource name; or policies would allow it, but there is none.
-            Tampered: the stored row is not the one that was stored.
+            Tampered: a stored row is not the one that was stored.
         """
-        session = self._find(self._reference(cookie, bearer))
+        core, session = self._core, self._find(self._reference(cookie, bearer))
         try:
             name = ResourceName.parse(path)
         except FormatError as error:
             raise InputMissing(error.message, hint=error.hint, code="request-path") from error
         refused: CaiError | None = None
         stored: Stored | None = None
-        with self._database.write() as connection:
-            entry: Entry
+        with core.database.write() as connection:
             try:
-                established = self._sessions.established(connection, session)
+                established = core.sessions.established(connection, session)
                 entry = self._decide(connection, session, established, name, request)
                 if entry.allowed:
-                    stored = self._resources.get(connection, name.path)
+                    stored = core.resources.get(connection, name.path)
                     entry, refused = _with_resource(entry, stored, name)
                 else:
                     refused = _denied(entry)
             except CaiError as error:
                 entry = self._refusal("release", session, request, error, subject=name.uri)
                 refused = error
-            self._audit.append(connection, entry, self._clock())
+            core.audit.append(connection, entry, core.clock())
         # Committed: only now may the answer leave.
         if refused is not None:
             raise refused
         if stored is None:
             raise CaiError("a release was allowed without a resource")
         return jwe.encrypt(stored.contents, established.tee_pubkey)
-
-    # Administration.
-
-    def authenticate(self, authorization: str | None) -> str:
-        """The administrator's name behind an ``Authorization`` header.
-
-        Raises:
-            Unauthenticated: none.
-        """
-        try:
-            return admin_auth.authenticate(
-                authorization, self.instance.admin_key, now=self._clock()
-            )
-        except Unauthenticated:
-            self.count_failure("admin")
-            raise
-
-    def set_resource(self, path: str, contents: bytes, *, admin: str, request: str) -> int:
-        """Store the next version of a resource.
-
-        Returns:
-            Its version.
-
-        Raises:
-            FormatError, LimitExceeded: not a resource name, empty, or too long.
-        """
-        name = ResourceName.parse(path)
-        if not contents:
-            raise FormatError("a resource must not be empty")
-        if len(contents) > MAX_RESOURCE:
-            raise LimitExceeded(
-                f"resource of {len(contents)} bytes, at most {MAX_RESOURCE} are stored"
-            )
-        with self._database.write() as connection:
-            change = self._resources.put(connection, name.path, contents)
-            entry = Entry(
-                "resource.set", _admin(admin), request, allowed=True, subject=name.uri,
-                change=change,
-            )  # fmt: skip
-            self._audit.append(connection, entry, self._clock())
-        return change.version
-
-    def set_policy(self, kind: str, text: bytes, *, admin: str, request: str) -> str:
-        """Store a policy, checked first.
-
-        Args:
-            kind: ``RELEASE_POLICY`` or ``VERIFICATION_POLICY``.
-            text: its exact bytes.
-            admin: who sets it.
-            request: id of this request.
-
-        Returns:
-            SHA-256 of the text, hex.
-
-        Raises:
-            FormatError, SettingError, LimitExceeded: the policy is not sound.
-        """
-        policy = _POLICIES[kind](text)
-        digest: str = policy.digest  # type: ignore[attr-defined]
-        with self._database.write() as connection:
-            change = self._policies.put(connection, kind, text)
-            entry = Entry(
-                f"policy.{kind}.set", _admin(admin), request, allowed=True, change=change,
-                policies={kind: digest},
-            )  # fmt: skip
-            self._audit.append(connection, entry, self._clock())
-        return digest
-
-    def policy_text(self, kind: str) -> bytes | None:
-        """A policy's exact bytes, or ``None`` when none is set."""
-        with self._database.read() as connection:
-            stored = self._policies.get(connection, kind)
-        return None if stored is None else stored.contents
-
-    def audit_leaves(self, *, start: int, limit: int) -> tuple[int, list[bytes]]:
-        """Size of the audit log, and its leaves from ``start``."""
-        return read_leaves(self._database, start=start, limit=limit)
-
-    # The end and the edges.
-
-    def count_failure(self, kind: str) -> None:
-        """Count a failure that anybody could cause; at most one audit row a minute."""
-        now = self._clock()
-        counts = self._failures.note(kind, now)
-        if counts:
-            self._record(_counted(counts))
-
-    def close(self) -> None:
-        """Write what is not written yet and close the database."""
-        rest = self._failures.rest()
-        if rest:
-            self._record(_counted(rest))
-        self._database.close()
 
     def _reference(self, cookie: str | None, bearer: str | None) -> str:
         if cookie:
@@ -329,44 +200,47 @@ class KeyBroker:
                 self.instance.token_key.public_key(),
                 realm=self.instance.realm,
                 instance=self.instance.id,
-                now=self._clock(),
+                now=self._core.clock(),
             )
         except Unauthenticated:
             self.count_failure("token")
             raise
 
     def _find(self, ref: str) -> Session:
+        core = self._core
         try:
-            with self._database.read() as connection:
-                return self._sessions.find(connection, ref, now=self._clock())
+            with core.database.read() as connection:
+                return core.sessions.find(connection, ref, now=core.clock())
         except Unauthenticated:
             self.count_failure("session")
             raise
 
     def _consume(self, session: Session) -> None:
-        with self._database.write() as connection:
-            spent = self._sessions.consume(connection, session, now=self._clock())
+        core = self._core
+        with core.database.write() as connection:
+            spent = core.sessions.consume(connection, session, now=core.clock())
         if not spent:
             raise Unauthenticated(
                 "this session's nonce was used before", hint="start again with POST auth"
             )
 
     def _establish(
-        self, connection: Connection, session: Session, key: Any, verified: protocol.Verified
+        self,
+        connection: Connection,
+        session: Session,
+        facts: Facts,
+        key: PublicJwk,
+        evidence: dict[str, str],
     ) -> Established:
-        facts = verified.facts
-        if facts is None:
-            raise CaiError("facts are missing after a passed verification")
         try:
-            policies = self._current(connection)
+            policies = current_policies(self._core.policies, connection)
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
-            policies = Policies(None, None)
+            policies = Policies()
         appraisal = policies.verification.appraise(facts) if policies.verification else None
-        established = Established(facts, key, verified.evidence, token="")
+        established = Established(facts, key, evidence, token="")
         claims = self._claims(session, established, policies, appraisal)
-        signed = token.sign_token(claims, self.instance.token_key)
-        return Established(facts, key, verified.evidence, signed)
+        return replace(established, token=token.sign_token(claims, self.instance.token_key))
 
     def _decide(
         self,
@@ -376,7 +250,7 @@ class KeyBroker:
         name: ResourceName,
         request: str,
     ) -> Entry:
-        policies = self._current(connection)
+        policies = current_policies(self._core.policies, connection)
         facts = established.facts
         verdict = decide(
             facts,
@@ -385,7 +259,7 @@ class KeyBroker:
             verification=policies.verification,
             release=policies.release,
             claims=lambda checks: self._claims(session, established, policies, checks),
-            hardware={"fmspc": facts.tdx.fmspc, "ppid": facts.tdx.ppid},
+            hardware=_hardware(facts),
         )
         verdict = verdict.extended((), unsafe=(*verdict.unsafe, *self.unsafe))
         return Entry(
@@ -415,19 +289,9 @@ class KeyBroker:
             instance=self.instance.id,
             runtime={"nonce": session.nonce, "tee-pubkey": established.tee_pubkey.to_json()},
             evidence=established.evidence,
-            issued=self._clock(),
+            issued=self._core.clock(),
             expires=session.expires,
             ref=session.ref,
-        )
-
-    def _current(self, connection: Connection) -> Policies:
-        verification = self._policies.get(connection, VERIFICATION_POLICY)
-        release = self._policies.get(connection, RELEASE_POLICY)
-        return Policies(
-            None
-            if verification is None
-            else VerificationPolicy.parse(verification.contents, where="policy.toml"),
-            None if release is None else ReleasePolicy.stored(release.contents),
         )
 
     def _refusal(
@@ -445,24 +309,17 @@ class KeyBroker:
             subject=subject, verdict=verdict,
         )  # fmt: skip
 
-    def _record(self, entry: Entry) -> None:
-        with self._database.write() as connection:
-            self._audit.append(connection, entry, self._clock())
-
 
 def _guest(session: Session) -> dict[str, str]:
     return {"kind": "guest", "session": session.ref}
 
 
-def _admin(name: str) -> dict[str, str]:
-    return {"kind": "admin", "name": name}
-
-
-def _counted(counts: dict[str, int]) -> Entry:
-    return Entry(
-        "unauthenticated", {"kind": "unknown"}, uuid.uuid4().hex, allowed=False,
-        reason="no session, token or signature that this broker knows", details=counts,
-    )  # fmt: skip
+def _hardware(facts: Facts) -> dict[str, str]:
+    devices = {
+        f"gpu.{place}": f"{device.hwmodel} {device.ueid}"
+        for place, device in enumerate(facts.devices)
+    }
+    return {"fmspc": facts.tdx.fmspc, "ppid": facts.tdx.ppid, **devices}
 
 
 def _reasons(verdict: Verdict) -> str:

@@ -111,7 +111,7 @@ class Site:
         return self.call("GET", f"/kbs/v0/resource/{path}", cookie=cookie, **more)
 
     def audit(self) -> list[dict[str, Any]]:
-        _, leaves = self.broker.audit_leaves(start=0, limit=1000)
+        _, leaves = self.broker.administration.audit_leaves(start=0, limit=1000)
         return [jcs.parse_canonical(leaf, what="leaf", limit=1 << 20) for leaf in leaves]
 
     def last(self, action: str) -> dict[str, Any]:

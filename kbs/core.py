@@ -1,0 +1,58 @@
+"""What the protocol and the administration of one key broker share: database, clock, audit log."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+
+from kbs.audit import AuditLog, Entry, FailureCount
+from kbs.database import POLICY, RESOURCE
+from kbs.instance import Instance
+from kbs.rows import SealedRows
+from kbs.sessions import SessionStore
+
+
+class Core:
+    """An open broker's state.
+
+    Args:
+        instance: its open database and keys.
+        clock: the time; nobody outside can give it.
+    """
+
+    def __init__(self, instance: Instance, clock: Callable[[], datetime]) -> None:
+        self.instance = instance
+        self.clock = clock
+        self.database = instance.database
+        self.audit = AuditLog(instance.id, instance.realm.value)
+        realm, sealer = instance.realm.value, instance.sealer
+        self.resources = SealedRows(RESOURCE, instance=instance.id, realm=realm, sealer=sealer)
+        self.policies = SealedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer)
+        self.sessions = SessionStore(instance=instance.id, realm=realm, sealer=sealer)
+        self._failures = FailureCount()
+
+    def record(self, entry: Entry) -> None:
+        """Write one audit row in a transaction of its own."""
+        with self.database.write() as connection:
+            self.audit.append(connection, entry, self.clock())
+
+    def count_failure(self, kind: str) -> None:
+        """Count a failure that anybody could cause; at most one audit row a minute."""
+        counts = self._failures.note(kind, self.clock())
+        if counts:
+            self.record(_counted(counts))
+
+    def close(self) -> None:
+        """Write what is not written yet and close the database."""
+        rest = self._failures.rest()
+        if rest:
+            self.record(_counted(rest))
+        self.database.close()
+
+
+def _counted(counts: dict[str, int]) -> Entry:
+    return Entry(
+        "unauthenticated", {"kind": "unknown"}, uuid.uuid4().hex, allowed=False,
+        reason="no session, token or signature that this broker knows", details=counts,
+    )  # fmt: skip
