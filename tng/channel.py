@@ -254,7 +254,8 @@ class Channel:
         try:
             await self.send(Frame(FrameType.OPEN, stream.number))
         except BaseException:
-            self.forget(stream)
+            # The frame may have left already: the server must not keep what nobody reads.
+            stream.reset()
             raise
         return stream
 

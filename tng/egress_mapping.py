@@ -55,19 +55,19 @@ class MappingEgress:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Upstream
     ) -> None:
         """Serve one client connection to its end."""
-        peer = endpoint_text(writer.get_extra_info("peername"))
+        peer = f"{self._settings.name} {endpoint_text(writer.get_extra_info('peername'))}"
         if self._sessions >= MAX_SESSIONS or self._leaving:
             writer.close()
-            self._journal.line(f"{self._settings.name} {peer} refused: {MAX_SESSIONS} sessions are open")
+            self._journal.line(f"{peer} refused: {MAX_SESSIONS} sessions are open")
             return
         self._sessions += 1
         started = time.monotonic()
         try:
             await self._serve(reader, writer, upstream, peer, started)
         except PlainRequest as error:
-            self._journal.line(f"{self._settings.name} {peer} refused: {error.message}; told it so")
+            self._journal.line(f"{peer} refused: {error.message}; told it so")
         except CaiError as error:
-            self._journal.line(f"{self._settings.name} {peer} ended: {error.message}")
+            self._journal.line(f"{peer} ended: {error.message}")
         finally:
             self._sessions -= 1
             writer.close()
@@ -108,7 +108,7 @@ class MappingEgress:
         link = await accept(reader, writer, self._context, padding=self._settings.padding)
         await give_proof(link, self._key.spki, self._prove)
         elapsed = 1000 * (time.monotonic() - started)
-        self._journal.line(f"{self._settings.name} {peer} session proven in {elapsed:.0f} ms")
+        self._journal.line(f"{peer} session proven in {elapsed:.0f} ms")
         channel = Channel(link, handler=lambda stream: self._carry(stream, upstream, peer))
         self._channels.add(channel)
         try:
@@ -126,16 +126,16 @@ class MappingEgress:
         except PeerUnreachable as error:
             # The client learns that there is none, not where it would have been.
             stream.reset(Code.UPSTREAM, "the upstream of this egress does not answer")
-            self._journal.line(f"{self._settings.name} {peer} stream {stream.number}: {error.message}")
+            self._journal.line(f"{peer} stream {stream.number}: {error.message}")
             return
         try:
             await stream.accept()
             sent, received = await relay(stream, reader, writer)
             self._journal.line(
-                f"{self._settings.name} {peer} stream {stream.number} done, {sent} B in, {received} B out"
+                f"{peer} stream {stream.number} done, {sent} B in, {received} B out"
             )
         except (PeerError, FormatError) as error:
-            self._journal.line(f"{self._settings.name} {peer} stream {stream.number} ended: {error.message}")
+            self._journal.line(f"{peer} stream {stream.number} ended: {error.message}")
         finally:
             writer.close()
             with contextlib.suppress(OSError):

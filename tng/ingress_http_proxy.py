@@ -262,11 +262,11 @@ class _Exchange:
         return event
 
     def _marked(self, response: h11.Response) -> h11.Response:
-        headers = [
-            (name, value)
-            for name, value in end_to_end(response.headers)
-            if name != ATTESTED_HEADER
-        ]
+        try:
+            kept = end_to_end(response.headers)
+        except BadRequest as error:
+            raise PeerError(f"the upstream's response: {error.message}") from error
+        headers = [(name, value) for name, value in kept if name != ATTESTED_HEADER]
         headers.append((ATTESTED_HEADER, _attested(self._proven)))
         return h11.Response(
             status_code=response.status_code, headers=headers, reason=response.reason

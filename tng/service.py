@@ -161,6 +161,11 @@ class Gateway:
                 # The gateway is closing; the connection ends with it.
                 with contextlib.suppress(OSError):
                     writer.transport.abort()
+            except Exception as error:
+                # A fault of our own ends one connection, not the gateway; its text may quote a
+                # request, so only its kind is told.
+                self._journal.line(f"{name} fault of our own: {type(error).__name__}")
+                writer.transport.abort()
             finally:
                 self._connections.discard(task)
 

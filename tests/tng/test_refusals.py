@@ -404,6 +404,51 @@ async def test_an_engine_that_speaks_no_http(
     assert answer.startswith(b"HTTP/1.1 502 ")
 
 
+async def test_a_response_that_disowns_its_length(
+    world: World, agent: FakeAgent, tmp_path: Path
+) -> None:
+    async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nconnection: content-length\r\ncontent-length: 0\r\n\r\n"
+        )
+
+    socket = tmp_path / "engine.sock"
+    async with (
+        serving(engine, socket),
+        running(egress_config({"unix": str(socket)}), agent) as outside,
+        running(proxy_config(world.verify())) as inside,
+    ):
+        answer = await talk(
+            port_of(inside, "ingress[0]"), get(port_of(outside, "egress[0]"))
+        )
+    assert answer.startswith(b"HTTP/1.1 502 ")
+
+
+async def test_a_fault_of_our_own_is_told_by_kind_only(
+    world: World, agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object, **_kw: object) -> None:
+        raise ValueError("secret words")
+
+    monkeypatch.setattr("tng.verify_peer.verify_channel", broken)
+    log = io.StringIO()
+    socket = tmp_path / "engine.sock"
+    engine = CountingEngine()
+    async with (
+        serving(engine, socket),
+        running(egress_config({"unix": str(socket)}), agent) as outside,
+        running(proxy_config(world.verify()), log=log) as inside,
+    ):
+        answer = await talk(
+            port_of(inside, "ingress[0]"), get(port_of(outside, "egress[0]"))
+        )
+    assert answer == b""
+    assert "ValueError" in log.getvalue()
+    assert "secret words" not in log.getvalue()
+    assert engine.connections == 0
+
+
 async def test_a_cut_response_does_not_look_whole(
     world: World, agent: FakeAgent, tmp_path: Path
 ) -> None:
