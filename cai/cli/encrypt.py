@@ -66,7 +66,7 @@ def encrypt(
     json_output: JsonFlag = False,
 ) -> None:
     """Seal the model in DIR: authenticated, and readable only with its key."""
-    from cai.model.seal import check_places, seal
+    from cai.model.sealing import check_places, seal
 
     terminal = current()
     if method != "cai":

@@ -10,15 +10,16 @@ Example::
 
 from __future__ import annotations
 
-from cai.model.check import CheckReport, check
+from cai.model.checking import CheckReport, check
 from cai.model.content import content_root, content_root_of_tree
 from cai.model.keys import new_key, read_key_file, write_key_file
 from cai.model.manifest import Licence, Manifest
+from cai.model.options import SealOptions, SealReport
 from cai.model.record import Lease, ReleaseRecord
-from cai.model.seal import SealOptions, SealReport, seal
 from cai.model.sealed import SealedModel, open_model, read_header
+from cai.model.sealing import seal
 from cai.model.tree import Entry, EntryType, FileReader, ModelTree
-from cai.model.unseal import unseal
+from cai.model.unsealing import unseal
 
 __all__ = [
     "CheckReport",

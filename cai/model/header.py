@@ -124,9 +124,8 @@ class Header:
                 dek.hex("kek_commitment", 32), dek.hex("nonce", 12), dek.hex("wrapped", 48)
             ),
             commitment=members.hex("commitment", 32),
-            manifest=Shape(
-                manifest.integer("size", least=MIN_MANIFEST, most=MAX_MANIFEST),
-                manifest.integer("chunk", least=1, most=MAX_MANIFEST),
+            manifest=Shape.read(
+                manifest, manifest.integer("size", least=MIN_MANIFEST, most=MAX_MANIFEST)
             ),
             manifest_digest=manifest.hex("digest", 32),
             index_sha256=index.hex("sha256", 32),

@@ -292,7 +292,7 @@ def _parse_storage(members: Members, size: int) -> Storage:
         name,
         bytes.fromhex(members.hex("object_key", 32)),
         members.hex("object_digest", 32),
-        Shape(object_size, members.integer("chunk", least=1, most=MAX_OBJECT_SIZE)),
+        Shape.read(members, object_size),
     )
 
 

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cai.errors import FormatError, Tampered
 from cai.model.derive import file_key
 from cai.model.layout import (
+    MAX_CHUNK_LOG2,
     MAX_CHUNKS,
     MAX_OBJECT_SIZE,
     OBJECT_HEADER_SIZE,
@@ -22,6 +23,7 @@ from cai.model.layout import (
     chunk_log2,
     head_size,
 )
+from cai.model.members import Members
 
 MAGIC = b"CAIOBJ1\n"
 VERSION = 1
@@ -48,6 +50,19 @@ class Shape:
             raise FormatError(
                 f"an object of {self.size} bytes in chunks of {self.chunk} is beyond the limits"
             )
+
+    @classmethod
+    def read(cls, members: Members, size: int) -> Shape:
+        """A shape of known size whose chunk size is the member ``chunk`` of a document.
+
+        Raises:
+            FormatError: naming the document, when they do not fit the limits.
+        """
+        length = members.integer("chunk", least=1, most=1 << MAX_CHUNK_LOG2)
+        try:
+            return cls(size, length)
+        except FormatError as error:
+            raise FormatError(f"{members.where}: {error.message}") from error
 
     @property
     def chunks(self) -> int:

@@ -6,7 +6,7 @@ HEAD = 512
 """Bytes of a file that are looked at."""
 
 _PROTOCOLS = b"\x02\x03\x04\x05"
-_FIRST_OPCODES = b"\x95}](c\x8aXqKJUV)\x8c"
+_FIRST_OPCODES = b"\x95}](c\x8aXqKJUV)\x8cCBNGMI"
 _ZIP = b"PK\x03\x04"
 
 

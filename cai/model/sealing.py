@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -26,80 +25,18 @@ from cai.model.layout import (
     MANIFEST_FILE,
     OBJECTS_DIR,
 )
-from cai.model.manifest import Inline, Licence, Manifest, Storage, Stored, model_root, pad
+from cai.model.manifest import Inline, Manifest, Storage, Stored, model_root, pad
 from cai.model.members import valid_flags
 from cai.model.object import SALT_SIZE, Shape
+from cai.model.options import PICKLE_FLAG, SealOptions, SealReport
 from cai.model.pickles import HEAD, looks_like_pickle
+from cai.model.progress import ProgressBar, silent
 from cai.model.source import opened_source, require_directory, scan
 from cai.model.stage import Stage, output_error, refuse_occupied, write_file
 from cai.model.tree import Entry, EntryType
 from cai.model.writer import write_object
 from cai.secret import Secret
 from cai.terminal import Advance
-
-PICKLE_FLAG = "pickle"
-"""Member of ``allow`` under which Python pickles may be sealed."""
-
-ProgressBar = Callable[[str, int | None], AbstractContextManager[Advance]]
-"""Shows progress: given a word and a total of bytes; ``Terminal.progress`` is one."""
-
-
-def silent(_what: str, _total: int | None) -> AbstractContextManager[Advance]:
-    """Progress that nobody watches."""
-    return nullcontext(lambda _amount: None)
-
-
-@dataclass(frozen=True, slots=True)
-class SealOptions:
-    """What a writer may choose.
-
-    Attributes:
-        model_id: of the model line, 64 hex digits; empty draws a new one.
-        revision: from 1, one more than the revision before.
-        previous: model root of the revision before, or empty.
-        name: free text.
-        licence: terms of use.
-        provenance: where the model comes from.
-        allow: flags, sorted.
-        chunk: bytes of a chunk.
-        created: when; ``None`` is now.
-        workers: threads; 0 chooses by the machine.
-        unsafe_entropy: replaces the system's random bytes, for known-answer vectors only.
-    """
-
-    model_id: str = ""
-    revision: int = 1
-    previous: str = ""
-    name: str = ""
-    licence: Licence = field(default_factory=Licence)
-    provenance: Mapping[str, str] = field(default_factory=dict)
-    allow: tuple[str, ...] = ()
-    chunk: int = DEFAULT_CHUNK
-    created: datetime | None = None
-    workers: int = 0
-    unsafe_entropy: Callable[[int], bytes] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SealReport:
-    """What was sealed; nothing in it is secret."""
-
-    model_id: str
-    revision: int
-    root: str
-    content_root: str
-    index_sha256: str
-    allow: tuple[str, ...]
-    files: int
-    directories: int
-    symlinks: int
-    objects: int
-    plaintext_bytes: int
-    stored_bytes: int
-
-    def to_json(self) -> dict[str, object]:
-        """The report as ``--json`` prints it."""
-        return asdict(self) | {"allow": list(self.allow)}
 
 
 def seal(

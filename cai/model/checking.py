@@ -19,7 +19,7 @@ from cai.model.layout import (
     PIECE,
 )
 from cai.model.manifest import Inline, Stored
-from cai.model.seal import ProgressBar, silent
+from cai.model.progress import ProgressBar, silent
 from cai.model.sealed import SealedModel, open_model
 from cai.model.tree import Entry, EntryType
 from cai.secret import Secret

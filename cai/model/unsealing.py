@@ -11,7 +11,7 @@ from cai.errors import Tampered, UsageError
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import MANIFEST_FILE
 from cai.model.manifest import Inline, Stored
-from cai.model.seal import ProgressBar, silent
+from cai.model.progress import ProgressBar, silent
 from cai.model.sealed import SealedModel
 from cai.model.stage import Stage, new_file, output_error, write_all
 from cai.model.tree import Entry, EntryType
