@@ -169,14 +169,14 @@ def parse(value: Any, *, where: str) -> Config:
     warnings: list[str] = []
     ingress = tuple(
         _ingress(Section(entry, where=f"{where} add_ingress[{index}]"), index)
-        for index, entry in enumerate(_entries(top, "add_ingress"))
+        for index, entry in enumerate(_entries(value, "add_ingress", where))
     )
     egress = tuple(
         _egress(Section(entry, where=f"{where} add_egress[{index}]"), index, warnings)
-        for index, entry in enumerate(_entries(top, "add_egress"))
+        for index, entry in enumerate(_entries(value, "add_egress", where))
     )
     control = _control(top.section("control_interface"))
-    top.finish()
+    top.finish(("add_ingress", "add_egress"))
     if not ingress and not egress:
         raise SettingError(
             f"{where}: nothing to do", hint="give at least one entry of add_ingress or add_egress"
@@ -396,12 +396,11 @@ def _control(control: Section | None) -> Endpoint | None:
     return parse_endpoint(restful, default_host="127.0.0.1")
 
 
-def _entries(top: Section, name: str) -> list[Any]:
-    if name not in top._values:
-        return []
-    raw = top.raw(name)
+def _entries(value: dict[str, Any], name: str, where: str) -> list[Any]:
+    # Unlike elsewhere in the schema, a null is not an absent list.
+    raw = value.get(name, [])
     if not isinstance(raw, list) or len(raw) > MAX_ENTRIES:
-        raise SettingError(f"{top.where}: {name} must be a list of at most {MAX_ENTRIES} entries")
+        raise SettingError(f"{where}: {name} must be a list of at most {MAX_ENTRIES} entries")
     return raw
 
 

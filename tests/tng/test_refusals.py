@@ -620,3 +620,67 @@ async def test_too_many_streams_are_refused_one_by_one(
     resets = [frame for frame in got if frame.type is FrameType.RESET]
     assert [frame.stream for frame in resets] == [257]
     assert parse_reason(resets[0].payload)[0] is Code.BUSY
+
+
+async def test_an_egress_opens_no_stream_past_the_age_of_a_session(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tng.channel.MAX_SESSION_AGE_S", 0.0)
+    engine = CountingEngine()
+    socket = tmp_path / "engine.sock"
+    async with (
+        serving(engine, socket),
+        running(egress_config({"unix": str(socket)}), agent) as outside,
+    ):
+        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, OPEN)
+    resets = [frame for frame in got if frame.type is FrameType.RESET]
+    assert [parse_reason(frame.payload)[0] for frame in resets] == [Code.SHUTTING_DOWN]
+    assert FrameType.GOAWAY in {frame.type for frame in got}
+    assert engine.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "answered"), [(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n", True), (b"EHLO a\r\n", False)]
+)
+async def test_a_mapping_without_a_proven_channel(
+    world: World, tmp_path: Path, first: bytes, answered: bool
+) -> None:
+    """A client that speaks HTTP is told; another one gets a closed connection and no byte."""
+    engine = CountingEngine()
+    socket = tmp_path / "engine.sock"
+    agent = FakeAgent(world, world.debug_guest)
+    async with (
+        serving(engine, socket),
+        running(egress_config({"unix": str(socket)}), agent) as outside,
+    ):
+        out = {"host": "127.0.0.1", "port": port_of(outside, "egress[0]")}
+        rule = {"in": {"host": "127.0.0.1", "port": 0}, "out": out}
+        config = {"add_ingress": [{"mapping": rule, "verify": world.verify()}]}
+        async with running(config) as inside:
+            answer = await talk(port_of(inside, "ingress[0]"), first)
+    if answered:
+        assert answer.startswith(b"HTTP/1.1 502 ")
+        assert "tdx.debug" in error_of(answer)["message"]
+    else:
+        assert answer == b""
+    assert engine.connections == 0
+
+
+async def test_a_client_of_the_egress_that_says_nothing(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tng.link.TLS_TIMEOUT_S", 0.2)
+    async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
+        with contextlib.suppress(ConnectionResetError):
+            assert await talk(port_of(outside, "egress[0]"), b"") == b""
+
+
+async def test_a_client_that_proves_nothing_back_is_dropped(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS stands, but no PROVE comes: the session does not stay."""
+    monkeypatch.setattr("tng.session.PROOF_TIMEOUT_S", 0.2)
+    async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
+        got = await raw_client(port_of(outside, "egress[0]"))
+    assert [frame.type for frame in got] == [FrameType.READY]
+    assert not agent.calls
