@@ -182,8 +182,8 @@ def serve(stage: Stage, act: Act) -> None:
         says = "vLLM"
         tell.did(f"{name} served by {says}; its API is on a Unix socket only")
         if listening:
-            open_to = "loopback only" if all("loopback" in item for item in listening) else "ANY"
-            tell.note(f"its processes talk by TCP among themselves: {len(listening)} ports, {open_to}")
+            reach = "loopback only" if all("loopback" in item for item in listening) else "OPEN"
+            tell.note(f"its processes talk by TCP as well: {len(listening)} ports, {reach}")
     act.facts = {
         "mount": stage.mount_kind, "engine": says, "model": name, "tcp_listeners": listening,
     }

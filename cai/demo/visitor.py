@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-import cai
+from cai import __version__
 from cai.attest import rcar
 from cai.attest.statement import ReleaseStatement, stock_report_data
 from cai.attest.tdx.runtime_events import launch_events
@@ -44,7 +44,7 @@ def capture(kbs_url: str, sim: Path, launch: bytes) -> bytes:
         statement = ReleaseStatement(
             launch_digest=parse_launch(launch).digest,
             guest_facts={"profile": "operated", "launched_by": "agent"},
-            agent_version=cai.__version__,
+            agent_version=__version__,
         )
         additional = rcar.additional_evidence(platform.devices().collect(nonce), statement)
         digest = rcar.primary_digest(challenge.nonce, key.jwk, additional)

@@ -178,6 +178,22 @@ def test_an_interrupted_demo_leaves_nothing(
     assert mounts_under(keep) == []
 
 
+def test_real_vllm_serves_the_same_embeddings() -> None:
+    python = os.environ.get("CAI_VLLM_PYTHON")
+    if not python:
+        pytest.skip("CAI_VLLM_PYTHON names no interpreter that has vLLM")
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    ended = subprocess.run(
+        command("--json", "--engine", "vllm", "--vllm-python", python),
+        capture_output=True, text=True, timeout=270, env=environment,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    story = json.loads(ended.stdout)
+    assert act(story, "Serve")["engine"] == "vLLM"
+    assert "cosine" in act(story, "Ask")["plain"]
+    assert [item["name"] for item in story["refusals"]] == list(REFUSED)
+
+
 @pytest.mark.parametrize(
     ("options", "status"),
     [
