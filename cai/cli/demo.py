@@ -46,7 +46,10 @@ def demo(
     started = time.monotonic()
     with working_directory(keep) as work, Parties(work) as parties:
         stage = Stage(work, find_model(model), chosen, parties, Teller(terminal))
-        played = perform(stage)
+        try:
+            played = perform(stage)
+        finally:
+            stage.ports.close()
     seconds = round(time.monotonic() - started, 2)
     kept = str(work) if keep else None
     refused = len(played["refusals"])

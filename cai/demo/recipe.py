@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cai.errors import ListenerFailed, StorageError, from_os_error
+from cai.errors import StorageError, from_os_error
 
 KEY_ID = "kbs:///default/aliyun/model-decryption-key"
 """Where the release record lives in the key broker."""
@@ -39,23 +38,6 @@ allow if {
 }
 '''
 """The third layer of the key broker's policy: which facts release which resource."""
-
-
-def free_port(preferred: int) -> int:
-    """The preferred loopback port if nobody listens there, else any free one.
-
-    Raises:
-        ListenerFailed: no port can be bound at all.
-    """
-    for port in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise ListenerFailed("no loopback port is free", hint="check that the interface lo is up")
 
 
 def write_env(path: Path, *, trustee_url: str, service_port: int, mount_point: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cai.demo.model import DemoModel
 from cai.demo.parties import Parties
-from cai.demo.recipe import free_port
+from cai.demo.ports import Ports
 from cai.demo.telling import Teller
 from cai.errors import InputError, UsageError, from_os_error
 
@@ -30,17 +30,6 @@ class Engine:
 
     kind: str = "reference"
     python: str = "python"
-
-
-@dataclass
-class Ports:
-    """Loopback ports: the usual ones where they are free."""
-
-    kbs: int = field(default_factory=lambda: free_port(8080))
-    admin: int = field(default_factory=lambda: free_port(8081))
-    service: int = field(default_factory=lambda: free_port(41001))
-    proxy: int = field(default_factory=lambda: free_port(41000))
-    control: int = field(default_factory=lambda: free_port(41002))
 
 
 @dataclass
@@ -74,22 +63,22 @@ class Stage:
     @property
     def kbs_url(self) -> str:
         """Base of the key broker."""
-        return f"http://127.0.0.1:{self.ports.kbs}"
+        return f"http://127.0.0.1:{self.ports.kbs.number}"
 
     @property
     def admin_url(self) -> str:
         """Base of the key broker's admin listener."""
-        return f"http://127.0.0.1:{self.ports.admin}"
+        return f"http://127.0.0.1:{self.ports.admin.number}"
 
     @property
     def service_url(self) -> str:
         """The service as a client names it: the host's gateway port."""
-        return f"http://127.0.0.1:{self.ports.service}"
+        return f"http://127.0.0.1:{self.ports.service.number}"
 
     @property
     def proxy_url(self) -> str:
         """The client's gateway."""
-        return f"http://127.0.0.1:{self.ports.proxy}"
+        return f"http://127.0.0.1:{self.ports.proxy.number}"
 
     @property
     def mount_point(self) -> Path:

@@ -71,12 +71,14 @@ def seal(stage: Stage, act: Act) -> None:
     parties.require("simulator", simulate)
     tell.did("a platform with vendor roots of its own", simulated=True)
     broker = [
-        "kbs", "serve", "--data", "kbs-data", "--listen", f"127.0.0.1:{stage.ports.kbs}",
-        "--admin-listen", f"127.0.0.1:{stage.ports.admin}",
+        "kbs", "serve", "--data", "kbs-data", "--listen", f"127.0.0.1:{stage.ports.kbs.number}",
+        "--admin-listen", f"127.0.0.1:{stage.ports.admin.number}",
         "--collateral", "sim/anchors/collateral", "--unsafe-simulated-root", "sim/anchors",
         "--json",
     ]
     tell.command(broker)
+    stage.ports.kbs.give()
+    stage.ports.admin.give()
     with tell.waiting("the key broker starts"):
         parties.start("kbs", broker).wait_document(lambda _value: True)
     tell.did(
@@ -105,7 +107,7 @@ def prove(stage: Stage, act: Act) -> None:
     """Act 3: no policy, no key; then a policy for exactly this guest, and the key."""
     tell, parties = stage.tell, stage.parties
     recipe.write_env(
-        stage.work / "cai.env", trustee_url=stage.kbs_url, service_port=stage.ports.service,
+        stage.work / "cai.env", trustee_url=stage.kbs_url, service_port=stage.ports.service.number,
         mount_point=stage.mount_point,
     )
     stage.mount_point.mkdir(mode=0o700)
@@ -231,7 +233,7 @@ def ask(stage: Stage, act: Act) -> None:
 def _client_verdict(stage: Stage) -> dict[str, Any]:
     """Show what the client's gateway found out before it sent the request."""
     verdict = asking.client_verdict(
-        f"http://127.0.0.1:{stage.ports.control}", f"127.0.0.1:{stage.ports.service}"
+        f"http://127.0.0.1:{stage.ports.control.number}", f"127.0.0.1:{stage.ports.service.number}"
     )
     passed = [item["name"] for item in verdict["checks"] if item["outcome"] == "pass"]
     if verdict["verdict"] != "pass" or verdict["binding"] != "session" or not verdict["simulated"]:
@@ -250,19 +252,25 @@ def _gateways(stage: Stage) -> None:
     recipe.write_json(
         stage.work / "egress.json",
         recipe.egress(
-            port=stage.ports.service, agent=stage.work / "run" / "channel.sock",
+            port=stage.ports.service.number, agent=stage.work / "run" / "channel.sock",
             engine=stage.engine_socket,
         ),
     )
     recipe.write_json(
         stage.work / "ingress.json",
         recipe.ingress(
-            port=stage.ports.proxy, control=stage.ports.control, verify=verify(stage)
+            port=stage.ports.proxy.number, control=stage.ports.control.number,
+            verify=verify(stage)
         ),
     )
-    for name in ("egress", "ingress"):
+    held = {
+        "egress": (stage.ports.service,), "ingress": (stage.ports.proxy, stage.ports.control),
+    }
+    for name, ports in held.items():
         command = ["tng", "launch", "--config-file", f"{name}.json", "--json"]
         stage.tell.command(command)
+        for port in ports:
+            port.give()
         party = stage.parties.start(f"tng-{name}", command)
         party.wait_document(lambda value: value.get("ready") is True)
     stage.tell.did("the host's gateway and the client's gateway stand")
