@@ -71,7 +71,7 @@ class Finished:
             value = _json_object(line)
             if value is not None:
                 return value
-        raise PartyEnded("a command printed no JSON document", hint=_last_line(self.err))
+        raise PartyEnded("a command printed no JSON document", hint=_last_words(self.err))
 
 
 class Party:
@@ -141,11 +141,11 @@ class Party:
                 return found
             if status is not None:
                 raise PartyEnded(
-                    f"{self.name} ended with status {status}", hint=_last_line(self.err)
+                    f"{self.name} ended with status {status}", hint=_last_words(self.err)
                 )
             if time.monotonic() > deadline:
                 raise PeerUnreachable(
-                    f"{self.name} was not ready in {longest:.0f} s", hint=_last_line(self.err)
+                    f"{self.name} was not ready in {longest:.0f} s", hint=_last_words(self.err)
                 )
             time.sleep(_POLL_S)
 
@@ -219,7 +219,7 @@ class Parties:
             status = party.process.wait(RUN_S)
         except subprocess.TimeoutExpired as error:
             raise PartyEnded(
-                f"{' '.join(argv[:2])} did not end in {RUN_S:.0f} s", hint=_last_line(party.err)
+                f"{' '.join(argv[:2])} did not end in {RUN_S:.0f} s", hint=_last_words(party.err)
             ) from error
         finally:
             self.stop(party)
@@ -235,7 +235,7 @@ class Parties:
         if finished.status != 0:
             raise PartyEnded(
                 f"{' '.join(argv[:2])} ended with status {finished.status}",
-                hint=_last_line(finished.err),
+                hint=_last_words(finished.err),
             )
         return finished
 
@@ -254,7 +254,7 @@ class Parties:
             status = party.process.poll()
             if status is not None:
                 raise PartyEnded(
-                    f"{party.name} ended with status {status}", hint=_last_line(party.err)
+                    f"{party.name} ended with status {status}", hint=_last_words(party.err)
                 )
 
     def close(self) -> None:
@@ -356,6 +356,8 @@ def _json_object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _last_line(text: str) -> str | None:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:400] if lines else None
+def _last_words(text: str) -> str | None:
+    """The end of a party's stderr on one line: its error, and the hint that may stand below it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = 2 if len(lines) > 1 and ": hint: " in lines[-1] else 1
+    return " / ".join(lines[-kept:])[:400] or None
