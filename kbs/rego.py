@@ -16,6 +16,7 @@ from cai import jcs
 from cai.attest.verdict import Check, check
 from cai.errors import FormatError, LimitExceeded
 from kbs.names import ResourceName
+from kbs.rego_library import load_rego
 
 MAX_POLICY = 256 * 1024
 """Largest policy text, bytes."""
@@ -107,12 +108,11 @@ def _evaluate(text: str, claims: dict[str, Any], data: dict[str, Any]) -> tuple[
 
     Everything that the evaluator can raise or print ends as a problem text here.
     """
-    from regopy import Interpreter, LogLevel, RegoError
-
+    regopy = load_rego()
     with _EVALUATOR:
         try:
-            interpreter = Interpreter()
-            interpreter.log_level = LogLevel.NONE
+            interpreter = regopy.Interpreter()
+            interpreter.log_level = regopy.LogLevel.NONE
             interpreter.add_module("policy", text)
             interpreter.add_data_json(jcs.canonical(data).decode("utf-8"))
             # As canonical JSON: the evaluator does not decode \u escapes, and RFC 8785 has none
@@ -122,7 +122,7 @@ def _evaluate(text: str, claims: dict[str, Any], data: dict[str, Any]) -> tuple[
             if not output.ok():
                 return None, "evaluation failed"
             results = output.results
-        except (RegoError, ValueError, TypeError, KeyError, IndexError, OSError):
+        except (regopy.RegoError, ValueError, TypeError, KeyError, IndexError, OSError):
             # ValueError: the evaluator printed an error where JSON was expected.
             return None, "evaluation failed"
     if len(results) != 1:

@@ -23,6 +23,7 @@ from kbs.broker import KeyBroker
 from kbs.instance import default_kek, open_instance
 from kbs.names import Realm
 from kbs.public_app import public_app
+from kbs.rego_library import load_rego
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -84,6 +85,8 @@ def open_broker(
         SettingError: realm and roots do not fit, or the key lies with the data.
         CaiError: something else cannot be opened.
     """
+    # A broker without its policy engine could only refuse; better to say so before it listens.
+    load_rego()
     root = settings.unsafe_simulated_root
     realm = Realm.PRODUCTION if root is None else Realm.SIMULATED
     anchors = vendor_anchors() if root is None else simulated_anchors(root)
