@@ -19,6 +19,9 @@ from tng.filters import Address, Filter
 RESOLVE_TIMEOUT_S = 5.0
 """Longest wait for a name to be resolved, seconds."""
 
+MAX_ADDRESSES = 8
+"""Most addresses of one name that are tried."""
+
 MAX_HOST = 253
 """Longest host name, characters (RFC 1035 §2.3.4)."""
 
@@ -42,6 +45,10 @@ class DestinationRefused(PolicyDenied):
     """The proxy may not go there."""
 
     code = "destination-refused"
+
+
+class GatewayItself(DestinationRefused):
+    """The request would come back to this very gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,8 @@ def demand_allowed(destination: Destination, filters: Sequence[Filter]) -> None:
 
 async def resolve(
     destination: Destination, filters: Sequence[Filter], own: Iterable[tuple[str, int]]
-) -> str:
-    """The one address to connect to.
+) -> tuple[str, ...]:
+    """The addresses to connect to, in the resolver's order; the name is not looked up again.
 
     Args:
         destination: from the client or the settings.
@@ -119,7 +126,8 @@ async def resolve(
 
     Raises:
         PeerUnreachable: the name has no address.
-        DestinationRefused: each of its addresses is refused; the first one's reason is told.
+        DestinationRefused: one of its addresses is this gateway, or each of them is refused; the
+            first one's reason is told.
     """
     try:
         async with asyncio.timeout(RESOLVE_TIMEOUT_S):
@@ -130,18 +138,24 @@ async def resolve(
         raise PeerUnreachable(
             f"the name {destination.host} cannot be resolved", hint="check the name"
         ) from error
+    listeners = tuple(own)
     refusal: DestinationRefused | None = None
+    allowed: list[str] = []
     for entry in found:
         try:
             address = ipaddress.ip_address(str(entry[4][0]))
-            demand_address(destination, address, filters, own)
+            demand_address(destination, address, filters, listeners)
+        except GatewayItself:
+            raise
         except DestinationRefused as error:
             refusal = refusal or error
         except ValueError:
             continue
         else:
-            return str(address)
-    raise refusal or PeerUnreachable(f"the name {destination.host} has no address")
+            allowed.append(str(address))
+    if not allowed:
+        raise refusal or PeerUnreachable(f"the name {destination.host} has no address")
+    return tuple(dict.fromkeys(allowed))[:MAX_ADDRESSES]
 
 
 def demand_address(
@@ -164,7 +178,7 @@ def demand_address(
     if plain.is_unspecified or plain.is_multicast or (plain.version == 4 and plain.is_reserved):
         raise DestinationRefused(f"{destination} is no address to connect to ({plain})")
     if _is_own(plain, destination.port, own):
-        raise DestinationRefused(
+        raise GatewayItself(
             f"{destination} is this gateway itself", hint="name the peer, not the proxy"
         )
     if not (plain.is_loopback or plain.is_private):

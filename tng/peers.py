@@ -212,15 +212,22 @@ class Peers:
         return Channel(link, max_age_s=proven.max_age_s), proven
 
     async def _link(self, destination: Destination) -> Link:
-        address = await resolve(destination, self._filters, self._own())
+        addresses = await resolve(destination, self._filters, self._own())
         name = None if _is_literal(destination.host) else destination.host
-        return await dial(
-            address,
-            destination.port,
-            self._context,
-            server_name=name,
-            padding=self._padding,
-        )
+        unreachable: PeerUnreachable | None = None
+        for address in addresses:
+            try:
+                return await dial(
+                    address,
+                    destination.port,
+                    self._context,
+                    server_name=name,
+                    padding=self._padding,
+                )
+            except PeerUnreachable as error:
+                # A name may stand for both address families while the peer listens on one.
+                unreachable = unreachable or error
+        raise unreachable or PeerUnreachable(f"the name {destination.host} has no address")
 
     async def _explain(self, destination: Destination) -> CaiError:
         """Everything that is wrong with asking this peer through an attestation service."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cai.errors import CaiError, PeerUnreachable
 from tng.destination import (
+    MAX_ADDRESSES,
     BadRequest,
     Destination,
     DestinationRefused,
@@ -125,12 +126,30 @@ def answers(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 
 
 @pytest.mark.anyio
-async def test_a_name_is_resolved_once_and_the_first_allowed_address_is_taken(
+async def test_a_name_is_resolved_once_and_its_allowed_addresses_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = answers(monkeypatch, "169.254.169.254", "fe80::1%eth0", "93.184.216.34")
-    assert await resolve(Destination("a.example", 80), (), ()) == "93.184.216.34"
+    asked = answers(
+        monkeypatch, "169.254.169.254", "fe80::1%eth0", "93.184.216.34", "2606:2800::1"
+    )
+    found = await resolve(Destination("a.example", 80), (), ())
+    assert found == ("93.184.216.34", "2606:2800::1")
     assert asked == ["a.example"]
+
+
+@pytest.mark.anyio
+async def test_a_name_that_leads_to_the_gateway_among_others_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers(monkeypatch, "::1", "127.0.0.1")
+    with pytest.raises(DestinationRefused, match="this gateway itself"):
+        await resolve(Destination("localhost", 80), (), [("127.0.0.1", 80)])
+
+
+@pytest.mark.anyio
+async def test_a_name_has_a_bounded_number_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, *(f"93.184.216.{number}" for number in range(1, 40)))
+    assert len(await resolve(Destination("a.example", 80), (), ())) == MAX_ADDRESSES
 
 
 @pytest.mark.anyio

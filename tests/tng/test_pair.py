@@ -72,6 +72,19 @@ async def test_a_request_passes_and_the_answer_says_how(
     assert body == b"GET /v1/models?x=1 HTTP/1.1|"
 
 
+async def test_a_name_of_two_families_reaches_the_one_that_listens(
+    world: World, agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def getaddrinfo(_loop: object, _host: str, port: int, **_kw: object) -> list[tuple]:
+        return [(10, 1, 6, "", ("::1", port, 0, 0)), (2, 1, 6, "", ("127.0.0.1", port))]
+
+    async with pair(world, agent, echo_engine, tmp_path) as gateways:
+        monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", getaddrinfo)
+        request = gateways.get().replace(b"127.0.0.1", b"localhost")
+        answer = await talk(gateways.proxy, request)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 async def test_the_log_has_no_content(world: World, agent: FakeAgent, tmp_path: Path) -> None:
     request = (
         b"POST http://PEER/secret-path HTTP/1.1\r\nhost: PEER\r\nauthorization: Bearer tok\r\n"
