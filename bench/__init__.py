@@ -1,0 +1,1 @@
+"""Measurements against named peers and limits, reported as ratios of one run."""
