@@ -92,16 +92,24 @@ class TdxFacts:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What one verified GPU report says.
+    """What the verified report of one GPU or NVSwitch says.
 
     Attributes:
-        arch: ``HOPPER`` or ``BLACKWELL``, as the certificate has it.
+        arch: ``HOPPER``, ``BLACKWELL``, or ``LS10`` for a switch, as the certificate has it.
         hwmodel: common name of the certificate above the leaf, e.g. ``GH100 A01 GSP BROM``.
         ueid: serial number of the leaf, decimal, as NVIDIA spells it.
-        driver_version: e.g. ``580.95.05``.
+        driver_version: e.g. ``580.95.05``; empty for a switch.
         vbios_version: e.g. ``96.00.74.00.1A``.
-        fwid: digest of the firmware that holds the signing key, 96 hex digits.
+        fwid: digest of the firmware that holds the signing key, 96 hex digits; empty when the
+            report does not name it.
         measurements: block index, decimal, to digest in hex.
+        mode: feature flag, decimal; empty when the report has none. ``2`` is a member of a
+            complete protected-PCIe system.
+        rims: role (``driver``, ``vbios``, ``switch``) to the SHA-256 of the reference file with
+            which every active measurement was equal; empty when none was compared.
+        rim_expires: RFC 3339 time at which the first of these files expires.
+        ocsp_produced: RFC 3339 ``thisUpdate`` of the oldest answer about the certificates behind
+            this device and its reference files; empty when revocation was not asked for all.
     """
 
     arch: str
@@ -111,6 +119,15 @@ class DeviceFacts:
     vbios_version: str
     fwid: str
     measurements: Mapping[str, str]
+    mode: str = ""
+    rims: Mapping[str, str] = field(default_factory=dict)
+    rim_expires: str = ""
+    ocsp_produced: str = ""
+
+    @property
+    def is_switch(self) -> bool:
+        """An NVSwitch, which no count of GPUs includes."""
+        return self.arch == "LS10"
 
     def claims(self) -> dict[str, object]:
         """The facts as Trustee's local ``nvidia`` claims, with model and identity beside them."""
@@ -269,6 +286,10 @@ def _device(value: Any) -> DeviceFacts:
         vbios_version=section.text("vbios_version"),
         fwid=section.text("fwid"),
         measurements=_texts(section, "measurements"),
+        mode=section.text("mode"),
+        rims=_texts(section, "rims"),
+        rim_expires=section.text("rim_expires"),
+        ocsp_produced=section.text("ocsp_produced"),
     )
     section.finish()
     return facts
