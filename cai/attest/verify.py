@@ -6,6 +6,7 @@ every one passed, out. What a policy demands of the facts is layer 2, ``cai.atte
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from cai.attest.anchors import TrustAnchors
@@ -13,8 +14,12 @@ from cai.attest.evidence import Evidence
 from cai.attest.facts import Facts
 from cai.attest.gpu.verify import verify_devices
 from cai.attest.tdx.collateral import CollateralStore
+from cai.attest.tdx.event_claims import event_claims
+from cai.attest.tdx.eventlog import EventLog, parse_event_log
+from cai.attest.tdx.quote import parse_quote
 from cai.attest.tdx.verify import verify_quote
-from cai.attest.verdict import Verdict, not_asked
+from cai.attest.verdict import Check, Verdict, check, not_asked
+from cai.errors import InputError
 
 RISK_SIMULATED = "SIMULATED: the roots are a simulator's; nothing here speaks of real hardware"
 RISK_RIM = (
@@ -42,6 +47,7 @@ def verify_evidence(
     anchors: TrustAnchors,
     collateral: CollateralStore,
     now: datetime,
+    require_agreement: bool = False,
 ) -> tuple[Verdict, Facts | None]:
     """Make every hard check of a guest's evidence.
 
@@ -53,21 +59,24 @@ def verify_evidence(
         anchors: the roots to trust.
         collateral: Intel's statements about platforms.
         now: time of the verification, timezone-aware; services give their own clock.
+        require_agreement: the second TDX engine must say the same as the first.
 
     Returns:
         The verdict, and the facts if and only if it passed.
     """
-    # The quote: steps 1 to 10 of spec-evidence §3.
+    # The quote: steps 1 to 11 of spec-evidence §3.
     tdx = verify_quote(
         evidence.quote,
         report_data=report_data,
         root=anchors.tdx_root,
         collateral=collateral,
         now=now,
+        require_agreement=require_agreement,
     )
+    # Its event log: step 12.
+    event_log, log = _event_log(evidence)
     # The devices: steps 1 to 10 of spec-evidence §4.4.
     gpu = verify_devices(evidence.devices, nonce=gpu_nonce, root=anchors.gpu_root, now=now)
-    event_log = not_asked("tdx.event_log", reason="event logs are not replayed yet")
     risks = [RISK_SIMULATED] if anchors.simulated else [RISK_PHYSICAL]
     if evidence.devices:
         risks += [RISK_RIM, RISK_OCSP, RISK_LOCALITY]
@@ -85,7 +94,37 @@ def verify_evidence(
         gpu_digest=evidence.gpu_digest.hex(),
         simulated=anchors.simulated,
     )
+    if log is not None:
+        claims = event_claims(log)
+        facts = replace(
+            facts,
+            runtime_events=log.runtime_events(),
+            event_claims=None if claims is None else tuple(claims),
+        )
     return verdict.extended((), hardware=_hardware(facts)), facts
+
+
+def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
+    """Step 12: a log that came with a quote must replay to all four of its registers."""
+    if evidence.event_log is None:
+        return not_asked("tdx.event_log", reason="there is no event log"), None
+    try:
+        body = parse_quote(evidence.quote).body
+    except InputError:
+        return not_asked("tdx.event_log", reason="the quote cannot be read"), None
+    try:
+        log = parse_event_log(evidence.event_log)
+    except InputError as error:
+        return check("tdx.event_log", passed=False, reason=error.message), None
+    wrong = [
+        f"rtmr{place}" for place, register in enumerate(log.replay())
+        if body[f"rtmr_{place}"] != register
+    ]  # fmt: skip
+    found = check(
+        "tdx.event_log", passed=not wrong, observed=f"{len(log.events)} events",
+        expected="replay to rtmr0 to rtmr3", reason=f"does not replay to {', '.join(wrong)}",
+    )  # fmt: skip
+    return found, log
 
 
 def _hardware(facts: Facts) -> dict[str, str]:
@@ -96,7 +135,13 @@ def _hardware(facts: Facts) -> dict[str, str]:
         "ppid": tdx.ppid,
         "tcb_status": tdx.tcb_status,
         "tcb_date": tdx.tcb_date,
+        "tcb_eval_data_number": str(tdx.eval_data_number),
+        "advisories": ", ".join(tdx.advisory_ids) or "none",
+        "collateral_issued": tdx.collateral_issued,
         "collateral_expires": tdx.collateral_expires,
+        "platform_instance_id": tdx.platform_instance_id,
+        **{name: tdx.pck_flags[name] for name in sorted(tdx.pck_flags)},
+        "engines": ", ".join(tdx.engines),
     }
     for place, device in enumerate(facts.devices):
         hardware[f"gpu.{place}"] = f"{device.hwmodel} {device.ueid}"

@@ -81,7 +81,7 @@ def test_check_names_are_stable_and_unique(desk: Desk) -> None:
     assert found == [
         "tdx.tee_type", "tdx.framing", "tdx.report_data", "tdx.debug", "tdx.attributes",
         "tdx.service_td", "tdx.root", "tdx.collateral", "tdx.genuine", "tdx.parse_agreement",
-        "tdx.event_log", "gpu.devices", *(f"gpu.0.{name}" for name in device),
+        "tdx.second_engine", "tdx.event_log", "gpu.devices", *(f"gpu.0.{name}" for name in device),
         *(f"gpu.1.{name}" for name in device), "gpu.distinct", "gpu.mode", "gpu.rim", "gpu.ocsp",
     ]
 

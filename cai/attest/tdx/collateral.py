@@ -47,6 +47,7 @@ class Collateral:
         issued: the latest issue date of its parts; before it nothing verifies.
         expires: the earliest expiry of its parts (certificates not counted).
         eval_data_number: TCB evaluation data number, the generation of the TCB information.
+        signed: when Intel signed the older of TCB information and QE identity.
     """
 
     fmspc: str
@@ -55,6 +56,7 @@ class Collateral:
     issued: datetime
     expires: datetime
     eval_data_number: int
+    signed: datetime
 
     def covers(self, at: datetime) -> bool:
         """Whether ``at`` lies in the validity window."""
@@ -156,7 +158,17 @@ def parse_collateral(data: bytes, *, where: str) -> Collateral | None:
         issued=max(start for start, _ in windows),
         expires=min(end for _, end in windows),
         eval_data_number=number,
+        signed=min(start for start, _ in windows[:2]),
     )
+
+
+def members_of(collateral: Collateral) -> dict[str, str]:
+    """The members of parsed collateral by name, each a string.
+
+    Raises:
+        FormatError, LimitExceeded: the text is not collateral.
+    """
+    return _members(collateral.text.encode("utf-8"), "collateral")
 
 
 def _read(path: Path) -> bytes:

@@ -11,8 +11,9 @@ import pytest
 
 from cai.attest.anchors import vendor_anchors
 from cai.attest.tdx.collateral import CollateralStore
+from cai.attest.tdx.engine import disagreements
 from cai.attest.tdx.quote import parse_quote
-from cai.attest.tdx.verify import disagreements, verify_quote
+from cai.attest.tdx.verify import verify_quote
 from cai.attest.verdict import Outcome
 
 if TYPE_CHECKING:

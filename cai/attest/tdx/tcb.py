@@ -1,0 +1,339 @@
+"""How up to date a platform is: Intel's TCB level algorithm (docs/spec-evidence.md §3.3).
+
+Pure functions over the signed texts of TCB information and QE identity, whose signatures somebody
+else has verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cai import jcs
+from cai.errors import EvidenceRefused, FormatError
+
+MAX_SIGNED_JSON = 1024 * 1024
+"""Longest signed text that is parsed, bytes."""
+
+MAX_LEVELS = 256
+"""Most levels in one list."""
+
+COMPONENTS = 16
+
+UP_TO_DATE = "UpToDate"
+OUT_OF_DATE = "OutOfDate"
+REVOKED = "Revoked"
+OUT_OF_DATE_CONFIGURATION = "OutOfDateConfigurationNeeded"
+
+PLATFORM_STATUS = (
+    UP_TO_DATE, "SWHardeningNeeded", "ConfigurationNeeded", "ConfigurationAndSWHardeningNeeded",
+    OUT_OF_DATE, OUT_OF_DATE_CONFIGURATION, REVOKED,
+)  # fmt: skip
+"""Statuses that a level may have."""
+
+_WORSE = {
+    UP_TO_DATE: OUT_OF_DATE,
+    "SWHardeningNeeded": OUT_OF_DATE,
+    "ConfigurationNeeded": OUT_OF_DATE_CONFIGURATION,
+    "ConfigurationAndSWHardeningNeeded": OUT_OF_DATE_CONFIGURATION,
+}
+"""A platform's status when its module or quoting enclave is out of date."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of the platform.
+
+    Attributes:
+        sgx: least SVN of each SGX component.
+        pce_svn: least SVN of the provisioning enclave.
+        tdx: least SVN of each TDX component.
+        status: of a platform that matches it.
+        date: ``tcbDate``, RFC 3339.
+        advisories: ids that apply.
+    """
+
+    sgx: tuple[int, ...]
+    pce_svn: int
+    tdx: tuple[int, ...]
+    status: str
+    date: str
+    advisories: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SvnLevel:
+    """One level of a TDX module or quoting enclave: least SVN, status, advisories."""
+
+    svn: int
+    status: str
+    advisories: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The identity of a TDX module: signer, attributes and their mask, levels newest first."""
+
+    signer: bytes
+    attributes: bytes
+    mask: bytes
+    levels: tuple[SvnLevel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What is measured against the levels.
+
+    Attributes:
+        components: the 16 SVNs of the PCK certificate.
+        pce_svn: its PCE SVN.
+        tee_tcb_svn: 16 bytes of the quote's body.
+        tee_tcb_svn2: those that are loaded now, TD 1.5 bodies only.
+        seam_signer: mrsigner_seam of the body.
+        seam_attributes: of the body.
+    """
+
+    components: tuple[int, ...]
+    pce_svn: int
+    tee_tcb_svn: bytes
+    tee_tcb_svn2: bytes | None
+    seam_signer: bytes
+    seam_attributes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TcbResult:
+    """Status of platform, module and quoting enclave together, and what goes with it."""
+
+    status: str
+    date: str
+    advisories: tuple[str, ...]
+
+
+class Members:
+    """Reads a signed JSON object; whatever is missing or of another type is a ``FormatError``."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{where}: expected an object")
+        self._value, self.where = value, where
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Members:
+        """Parse a text strictly."""
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{where}: lone surrogate") from error
+        return cls(jcs.parse(data, what=where, limit=MAX_SIGNED_JSON), where)
+
+    def text(self, name: str) -> str:
+        """A string."""
+        value = self._value.get(name)
+        if not isinstance(value, str):
+            raise FormatError(f"{self.where}: {name} is not a string")
+        return value
+
+    def integer(self, name: str, most: int) -> int:
+        """A whole number from 0 to ``most``."""
+        value = self._value.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise FormatError(f"{self.where}: {name} is not a number from 0 to {most}")
+        return value
+
+    def hex(self, name: str, size: int) -> bytes:
+        """Bytes in hex of either case."""
+        text = self.text(name)
+        if len(text) != 2 * size or not set(text) <= set("0123456789abcdefABCDEF"):
+            raise FormatError(f"{self.where}: {name} is not {2 * size} hex digits")
+        return bytes.fromhex(text)
+
+    def member(self, name: str) -> Members:
+        """An object."""
+        return Members(self._value.get(name), f"{self.where}.{name}")
+
+    def objects(self, name: str, *, optional: bool = False) -> list[Members]:
+        """A list of objects."""
+        value = self._value.get(name)
+        if value is None and optional:
+            return []
+        if not isinstance(value, list) or len(value) > MAX_LEVELS:
+            raise FormatError(f"{self.where}: {name} is not a list of at most {MAX_LEVELS}")
+        return [Members(item, f"{self.where}.{name}") for item in value]
+
+    def advisories(self) -> tuple[str, ...]:
+        """The optional ``advisoryIDs``."""
+        value = self._value.get("advisoryIDs", [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise FormatError(f"{self.where}: advisoryIDs is not a list of strings")
+        return tuple(value)
+
+    def status(self) -> str:
+        """``tcbStatus``, one that is known."""
+        status = self.text("tcbStatus")
+        if status not in PLATFORM_STATUS:
+            raise FormatError(f"{self.where}: unknown status {status[:40]!r}")
+        return status
+
+
+def svn_levels(items: Sequence[Members]) -> tuple[SvnLevel, ...]:
+    """Levels of a module or quoting enclave, in the order given (newest first)."""
+    return tuple(
+        SvnLevel(item.member("tcb").integer("isvsvn", 0xFFFF), item.status(), item.advisories())
+        for item in items
+    )
+
+
+def platform_levels(info: Members) -> tuple[Level, ...]:
+    """Levels of TCB information, newest first."""
+    levels = []
+    for item in info.objects("tcbLevels"):
+        tcb = item.member("tcb")
+        levels.append(
+            Level(
+                sgx=_components(tcb, "sgxtcbcomponents"),
+                pce_svn=tcb.integer("pcesvn", 0xFFFF),
+                tdx=_components(tcb, "tdxtcbcomponents"),
+                status=item.status(),
+                date=item.text("tcbDate"),
+                advisories=item.advisories(),
+            )
+        )
+    return tuple(sorted(levels, key=lambda each: (each.sgx, each.pce_svn, each.tdx), reverse=True))
+
+
+def evaluate(info: Members, platform: Platform, qe: SvnLevel) -> TcbResult:
+    """Evaluate a platform (spec-evidence §3.3).
+
+    Args:
+        info: TCB information, signature verified.
+        platform: what the quote and the PCK certificate say.
+        qe: the quoting enclave's level.
+
+    Raises:
+        EvidenceRefused: no level or module identity fits, or something is revoked.
+        FormatError: the information has another form.
+    """
+    levels = platform_levels(info)
+    # (a) The first level that every SVN reaches; the first that the SGX ones alone reach.
+    reached = [level for level in levels if _sgx_reaches(platform, level)]
+    matched = next((level for level in reached if _tdx_reaches(platform.tee_tcb_svn, level)), None)
+    if matched is None:
+        raise EvidenceRefused("the platform reaches no TCB level")
+    # (b) The TDX module, by its major version.
+    module = _module_level(info, platform)
+    # (c) Converge; (d) a firmware update that only this TD has not seen yet.
+    status = _converge(matched.status, module.status if module else UP_TO_DATE)
+    if module is not None and _relaunch(info, platform, levels[0], reached[0], status, module, qe):
+        configuration = any("Configuration" in item for item in (reached[0].status, status))
+        status = "TDRelaunchAdvised" + ("ConfigurationNeeded" if configuration else "")
+    status = _converge(status, qe.status)
+    if status == REVOKED:
+        raise EvidenceRefused("the TCB level is revoked")
+    advisories = {*matched.advisories, *(module.advisories if module else ()), *qe.advisories}
+    return TcbResult(status, matched.date, tuple(sorted(advisories)))
+
+
+def qe_level(levels: Sequence[SvnLevel], svn: int) -> SvnLevel:
+    """The quoting enclave's level: the first whose SVN it reaches.
+
+    Raises:
+        EvidenceRefused: it reaches none.
+    """
+    found = next((level for level in levels if svn >= level.svn), None)
+    if found is None:
+        raise EvidenceRefused("the quoting enclave reaches no TCB level")
+    return found
+
+
+def _components(tcb: Members, name: str) -> tuple[int, ...]:
+    values = tuple(item.integer("svn", 0xFF) for item in tcb.objects(name))
+    if len(values) != COMPONENTS:
+        raise FormatError(f"{tcb.where}: {name} has {len(values)} components, expected 16")
+    return values
+
+
+def _sgx_reaches(platform: Platform, level: Level) -> bool:
+    return platform.pce_svn >= level.pce_svn and all(
+        own >= least for own, least in zip(platform.components, level.sgx, strict=True)
+    )
+
+
+def _tdx_reaches(svn: bytes, level: Level) -> bool:
+    # With a module that has an identity list, its version is judged there and not here.
+    first = 2 if svn[1] else 0
+    return all(own >= least for own, least in zip(svn[first:], level.tdx[first:], strict=True))
+
+
+def _identity(info: Members, major: int) -> Module:
+    wanted = f"TDX_{major:02X}"
+    found = [item for item in info.objects("tdxModuleIdentities", optional=True)
+             if item.text("id").upper() == wanted]  # fmt: skip
+    if len(found) != 1:
+        raise EvidenceRefused(f"{len(found)} TDX module identities {wanted}, expected one")
+    return _module(found[0], svn_levels(found[0].objects("tcbLevels")))
+
+
+def _module(item: Members, levels: tuple[SvnLevel, ...]) -> Module:
+    return Module(
+        signer=item.hex("mrsigner", 48),
+        attributes=item.hex("attributes", 8),
+        mask=item.hex("attributesMask", 8),
+        levels=levels,
+    )
+
+
+def _module_level(info: Members, platform: Platform) -> SvnLevel | None:
+    major = platform.tee_tcb_svn[1]
+    # The plain identity must be there whatever the version; the numbered one decides if there is.
+    module = _module(info.member("tdxModule"), ())
+    if major:
+        module = _identity(info, major)
+    if platform.seam_signer != module.signer:
+        raise EvidenceRefused("the TDX module has another signer")
+    expected = bytes(own & mask for own, mask in zip(module.attributes, module.mask, strict=True))
+    if platform.seam_attributes != expected:
+        raise EvidenceRefused("the TDX module has other attributes")
+    if not major:
+        return None
+    found = next((level for level in module.levels if platform.tee_tcb_svn[0] >= level.svn), None)
+    if found is None:
+        raise EvidenceRefused("the TDX module reaches no TCB level")
+    return found
+
+
+def _converge(status: str, other: str) -> str:
+    if REVOKED in (status, other):
+        return REVOKED
+    return _WORSE.get(status, status) if other == OUT_OF_DATE else status
+
+
+def _relaunch(
+    info: Members, platform: Platform, newest: Level, sgx: Level, status: str, module: SvnLevel,
+    qe: SvnLevel,
+) -> bool:
+    """Whether the loaded module is current and only this TD was started before its update."""
+    now = platform.tee_tcb_svn2
+    if now is None or qe.status != UP_TO_DATE or module.status != OUT_OF_DATE:
+        return False
+    if sgx.status not in _WORSE or status not in (OUT_OF_DATE, OUT_OF_DATE_CONFIGURATION):
+        return False
+    if now[1]:
+        levels = _identity(info, now[1]).levels
+        if not levels:
+            raise EvidenceRefused("the loaded TDX module has no TCB levels")
+        least = levels[0].svn
+    else:
+        least = newest.tdx[0]
+    return now[0] >= least and now[2] >= newest.tdx[2]
+
+
+def check_masked(expected: bytes, mask: bytes, observed: bytes) -> bool:
+    """Whether ``observed`` has the expected bits wherever the mask is set."""
+    return all(
+        (one & bits) == (other & bits)
+        for one, bits, other in zip(expected, mask, observed, strict=True)
+    )
+
+
