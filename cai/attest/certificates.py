@@ -61,7 +61,7 @@ def load_chain(pem: bytes, *, what: str) -> tuple[x509.Certificate, ...]:
     while match := _BLOCK.match(rest, position):
         if len(chain) == MAX_CERTIFICATES:
             raise LimitExceeded(f"{what}: more than {MAX_CERTIFICATES} certificates")
-        chain.append(_certificate(b"".join(match[1].split()), what=what))
+        chain.append(load_base64(b"".join(match[1].split()), what=what))
         position = match.end()
     if rest[position:].strip():
         raise FormatError(f"{what}: something other than PEM certificates at byte {position}")
@@ -158,7 +158,12 @@ def _check_extensions(certificate: x509.Certificate, place: int) -> None:
         raise EvidenceRefused(f"{_title(certificate)}: path length {path_length} is exceeded")
 
 
-def _certificate(text: bytes, *, what: str) -> x509.Certificate:
+def load_base64(text: bytes, *, what: str) -> x509.Certificate:
+    """One certificate from the base64 of its DER, without white space.
+
+    Raises:
+        FormatError: not base64, not its own re-encoding, or not a certificate.
+    """
     try:
         der = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

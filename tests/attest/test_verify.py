@@ -77,19 +77,20 @@ def test_good_evidence(desk: Desk) -> None:
 def test_check_names_are_stable_and_unique(desk: Desk) -> None:
     verdict, _ = desk.verify()
     found = [item.name for item in verdict.checks]
-    device = ["report", "chain", "nonce", "nvdec", "versions", "signature", "fwid", "arch"]
+    device = ["report", "chain", "nonce", "nvdec", "versions", "signature", "fwid", "arch",
+              "rim", "ocsp"]  # fmt: skip
     assert found == [
         "tdx.tee_type", "tdx.framing", "tdx.report_data", "tdx.debug", "tdx.attributes",
         "tdx.service_td", "tdx.root", "tdx.collateral", "tdx.genuine", "tdx.parse_agreement",
         "tdx.second_engine", "tdx.event_log", "gpu.devices", *(f"gpu.0.{name}" for name in device),
-        *(f"gpu.1.{name}" for name in device), "gpu.distinct", "gpu.mode", "gpu.rim", "gpu.ocsp",
+        *(f"gpu.1.{name}" for name in device), "gpu.distinct", "gpu.mode", "gpu.topology",
     ]
 
 
 def test_what_is_not_checked_is_said(desk: Desk) -> None:
     verdict, _ = desk.verify()
     not_asked = {item.name for item in verdict.checks if item.outcome is Outcome.NOT_ASKED}
-    assert {"gpu.rim", "gpu.ocsp", "tdx.event_log"} <= not_asked
+    assert {"gpu.0.rim", "gpu.1.ocsp", "gpu.topology", "tdx.event_log"} <= not_asked
 
 
 def test_without_devices(desk: Desk) -> None:
