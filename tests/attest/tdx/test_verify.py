@@ -97,13 +97,12 @@ def test_attributes_that_no_policy_lets_in(
 
 
 def test_genuine_signature_over_bad_attributes_is_still_refused(
-    stage: Stage, platform: SimulatedPlatform, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, platform: SimulatedPlatform
 ) -> None:
     from cai.attest.sim import GuestSettings
-    from cai.attest.sim import platform as module
 
-    monkeypatch.setattr(module, "NORMAL_ATTRIBUTES", 1 << 28 | 1 << 29)
-    quote = platform.guest(GuestSettings()).quote(stage.report_data)
+    migratable = {"td_attributes": (1 << 28 | 1 << 29).to_bytes(8, "little")}
+    quote = platform.guest(GuestSettings(fields=migratable)).quote(stage.report_data)
     assert stage.failures(quote) == {"tdx.attributes", "tdx.genuine"}
 
 
