@@ -138,12 +138,13 @@ def _files(
         until = min(rim.valid_until for rim in fitting).isoformat()
         return check(name, passed=True, observed=f"{version}, valid until {until}"), fitting
     wanted = f"reference file {rim_ids(report, device)[role]}"
-    if not good and not bad:
+    reason = "; ".join(bad)
+    if not bad:
+        others = ", ".join(sorted({rim.product for rim in good}))
         reason = f"there is none for version {version or 'none'}"
+        reason += f" of this chip, only for {others}" if others else ""
         if store.if_available:
             return not_asked(name, "none", reason), ()
-    else:
-        reason = "; ".join(bad) or f"it is for {good[0].product}"
     return check(name, passed=False, observed="none", expected=wanted, reason=reason), ()
 
 

@@ -86,9 +86,9 @@ def verify_rim(
 ) -> Rim:
     """Verify a reference file and read it.
 
-    Steps (spec-evidence §4.6): (a) parse to the signature profile; (b) the chain of the signature
-    ends in the pinned root, every member valid now, the signer is allowed to sign; (c) signature
-    over SignedInfo, digest over the content; (d) read product, version and measurements from the
+    Steps (spec-evidence §4.6): (a) parse to the signature profile; (b) digest over the content,
+    signature over SignedInfo; (c) the chain of the signature ends in the pinned root, every member
+    valid now, the signer is allowed to sign; (d) read product, version and measurements from the
     signed bytes.
 
     Args:
@@ -106,9 +106,9 @@ def verify_rim(
     if known is not None:
         return known
     document = read_signed(data, what="reference file")
+    document.verify()
     verify_chain(document.chain, root=root, now=now)
     _may_sign(document.chain[0])
-    document.verify()
     product, version, measurements = _content(document.content)
     rim = Rim(
         digest=digest,

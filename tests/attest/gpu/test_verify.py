@@ -11,7 +11,14 @@ import pytest
 
 from cai.attest.anchors import simulated_anchors, vendor_anchors
 from cai.attest.evidence import DeviceEvidence
-from cai.attest.gpu.verify import MAX_DEVICES, GpuResult, verify_devices
+from cai.attest.gpu.verify import (
+    MAX_DEVICES,
+    RISK_FWID,
+    RISK_OCSP,
+    RISK_RIM,
+    GpuResult,
+    verify_devices,
+)
 from cai.attest.verdict import Outcome
 
 if TYPE_CHECKING:
@@ -77,7 +84,9 @@ def test_good_devices_give_facts(two: tuple[DeviceEvidence, ...], root: bytes) -
     assert first.ueid != second.ueid
     assert len(first.measurements) == 64
     names = {item.name: item.outcome for item in result.checks}
-    assert names["gpu.rim"] is names["gpu.ocsp"] is Outcome.NOT_ASKED
+    assert names["gpu.0.rim"] is names["gpu.1.ocsp"] is Outcome.NOT_ASKED
+    assert result.risks == (RISK_RIM, RISK_OCSP)
+    assert (first.rims, first.rim_expires, first.ocsp_produced) == ({}, "", "")
 
 
 def test_no_devices_is_not_asked(root: bytes) -> None:
@@ -166,6 +175,23 @@ def test_firmware_digest(
         assert verify((resigned(platform, monkeypatch, f20=value),), root) == {"gpu.0.fwid"}
 
 
+def test_firmware_without_digest_only_on_demand(
+    platform: SimulatedPlatform, root: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(value: bytes | None) -> GpuResult:
+        device = resigned(platform, monkeypatch, f20=value)
+        return verify_devices(
+            (device,), nonce=NONCE, root=root, now=NOW, unsafe_without_fwid=True
+        )
+
+    absent = asked(None)
+    assert failed(absent) == set()
+    assert RISK_FWID in absent.risks
+    assert absent.facts is not None
+    assert absent.facts[0].fwid == ""
+    assert failed(asked(b"x" * 48)) == {"gpu.0.fwid"}, "what is there must be right"
+
+
 def test_missing_versions(
     platform: SimulatedPlatform, root: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,8 +207,15 @@ def test_modes(
     other = resigned(platform, monkeypatch, f36=b"\x01\x00")
     assert verify((other,), root) == set()
     assert verify((other, two[1]), root) == {"gpu.mode"}
-    for flag in (b"\x02\x00", b"\x03\x00", b"\xff\xff"):
+    for flag in (b"\x03\x00", b"\xff\xff"):
         assert verify((resigned(platform, monkeypatch, f36=flag),), root) == {"gpu.mode"}
+    # A part of a protected-PCIe system never stands alone, whichever field says what it is.
+    for fields in ({"f36": b"\x02\x00"}, {"f21": b"\xaa"}, {"f36": None, "f21": b"\xaa"}):
+        part = resigned(platform, monkeypatch, **fields)
+        assert verify((part,), root) == {"gpu.mode", "gpu.topology"}
+    part = resigned(platform, monkeypatch, f36=b"\x02\x00", f21=b"\xaa")
+    assert verify((part,), root) == {"gpu.topology"}
+    assert verify((resigned(platform, monkeypatch, f21=b"\x00"),), root) == {"gpu.mode"}
     assert verify((resigned(platform, monkeypatch, f36=None),), root) == set()
 
 
