@@ -258,6 +258,10 @@ class SimulatedPlatform:
 
     def rims(self) -> Mapping[str, bytes]:
         """Reference files by the id under which the vendor's service gives them."""
+        return self._rims
+
+    @cached_property
+    def _rims(self) -> Mapping[str, bytes]:
         found: dict[str, bytes] = {}
         for chip in nvidia.CHIPS.values():
             if chip.arch != "LS10":
