@@ -102,6 +102,8 @@ def parse_xml(data: bytes, *, what: str) -> etree._Element:
     # Before the parser sees it: no document type, no comment, no processing instruction, no
     # declaration but the plain one, which could otherwise name another encoding.
     body = _DECLARATION.sub(b"", data, count=1)
+    if not body.startswith(b"<"):
+        raise FormatError(f"{what}: does not begin with an element")
     for mark in (b"<?", b"<!"):
         if mark in body:
             raise FormatError(f"{what}: {mark.decode()}… is not accepted")
