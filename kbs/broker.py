@@ -20,6 +20,7 @@ from cai.attest.policy import VerificationPolicy
 from cai.attest.rcar import Challenge, Request
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.verdict import Check, Verdict, check
+from cai.attest.verify import hardware_identity
 from cai.errors import (
     CaiError,
     EvidenceRefused,
@@ -155,6 +156,7 @@ class KeyBroker:
             anchors=self._anchors,
             collateral=self._collateral,
             now=self._clock(),
+            require_agreement=self._wants_agreement(),
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
@@ -343,6 +345,15 @@ class KeyBroker:
             self.count_failure("session")
             raise
 
+    def _wants_agreement(self) -> bool:
+        """Whether the policy in force demands that both TDX engines verify."""
+        try:
+            with self._database.read() as connection:
+                verification = self._current(connection).verification
+        except CaiError:
+            return True  # a damaged policy: the stricter reading
+        return verification is not None and verification.tdx.require_agreement
+
     def _consume(self, session: Session) -> None:
         with self._database.write() as connection:
             spent = self._sessions.consume(connection, session, now=self._clock())
@@ -362,7 +373,9 @@ class KeyBroker:
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
             policies = Policies(None, None)
-        appraisal = policies.verification.appraise(facts) if policies.verification else None
+        now = self._clock()
+        verification = policies.verification
+        appraisal = verification.appraise(facts, now=now) if verification else None
         established = Established(facts, key, verified.evidence, token="")
         claims = self._claims(session, established, policies, appraisal)
         signed = token.sign_token(claims, self.instance.token_key)
@@ -385,7 +398,8 @@ class KeyBroker:
             verification=policies.verification,
             release=policies.release,
             claims=lambda checks: self._claims(session, established, policies, checks),
-            hardware={"fmspc": facts.tdx.fmspc, "ppid": facts.tdx.ppid},
+            hardware=hardware_identity(facts),
+            now=self._clock(),
         )
         verdict = verdict.extended((), unsafe=(*verdict.unsafe, *self.unsafe))
         return Entry(

@@ -107,6 +107,7 @@ def verify_attestation(
     anchors: TrustAnchors,
     collateral: CollateralStore,
     now: datetime,
+    require_agreement: bool = False,
 ) -> Verified:
     """Verify the evidence of one session (spec-evidence §1).
 
@@ -117,6 +118,7 @@ def verify_attestation(
         anchors: the roots to trust.
         collateral: Intel's statements about platforms.
         now: the broker's clock.
+        require_agreement: both TDX engines must say the same.
 
     Returns:
         Verdict and facts; evidence of a wrong form is a failed check, not an error.
@@ -153,6 +155,7 @@ def verify_attestation(
         anchors=anchors,
         collateral=collateral,
         now=now,
+        require_agreement=require_agreement,
     )
     checks = [fresh, check("rcar.form", passed=True), *verdict.checks]
     # (4) A simulated platform can never speak in the production realm, nor the other way round.

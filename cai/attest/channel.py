@@ -199,6 +199,7 @@ def verify_channel(
         anchors=anchors,
         collateral=collateral,
         now=now,
+        require_agreement=policy.tdx.require_agreement,
     )
     # Step 6: the reports are the ones that the statement names, and recent.
     bound += _gpu_checks(statement, evidence)
@@ -206,7 +207,7 @@ def verify_channel(
     if facts is not None:
         # Step 7: the owner's policy. The quote binds the statement, so its words are facts now.
         facts = facts.with_statement(statement)
-        verdict = policy.apply(verdict, facts)
+        verdict = policy.apply(verdict, facts, now=now)
     # Step 8: what this client expects.
     verdict = verdict.extended(_expect_checks(statement, expect))
     return verdict, facts if verdict.passed else None

@@ -241,7 +241,7 @@ class Facts:
                 "launch_digest": self.launch_digest,
                 "guest": dict(self.guest),
                 "gpu_digest": self.gpu_digest,
-                "gpu_count": len(self.devices),
+                "gpu_count": sum(not device.is_switch for device in self.devices),
                 "models": [model.to_json() for model in self.models],
                 "runtime_events": _listed(self.runtime_events),
             },

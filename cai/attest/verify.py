@@ -12,6 +12,8 @@ from datetime import datetime
 from cai.attest.anchors import TrustAnchors
 from cai.attest.evidence import Evidence
 from cai.attest.facts import Facts
+from cai.attest.gpu.ocsp_store import OcspStore
+from cai.attest.gpu.rim_store import RimStore
 from cai.attest.gpu.verify import verify_devices
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.tdx.event_claims import event_claims
@@ -22,11 +24,6 @@ from cai.attest.verdict import Check, Verdict, check, not_asked
 from cai.errors import InputError
 
 RISK_SIMULATED = "SIMULATED: the roots are a simulator's; nothing here speaks of real hardware"
-RISK_RIM = (
-    "GPU firmware measurements are signed by the device but not compared with NVIDIA's reference"
-    " values (RIM)"
-)
-RISK_OCSP = "revocation of GPU device certificates is not asked (OCSP)"
 RISK_LOCALITY = (
     "that the GPU sits in the machine of the TDX guest rests on the measured guest, not on the"
     " GPU's own evidence"
@@ -48,6 +45,8 @@ def verify_evidence(
     collateral: CollateralStore,
     now: datetime,
     require_agreement: bool = False,
+    rims: RimStore | None = None,
+    ocsp: OcspStore | None = None,
 ) -> tuple[Verdict, Facts | None]:
     """Make every hard check of a guest's evidence.
 
@@ -60,6 +59,8 @@ def verify_evidence(
         collateral: Intel's statements about platforms.
         now: time of the verification, timezone-aware; services give their own clock.
         require_agreement: the second TDX engine must say the same as the first.
+        rims: NVIDIA's reference measurements; without them they are not compared.
+        ocsp: NVIDIA's answers about certificates; without them revocation is not asked.
 
     Returns:
         The verdict, and the facts if and only if it passed.
@@ -76,10 +77,13 @@ def verify_evidence(
     # Its event log: step 12.
     event_log, log = _event_log(evidence)
     # The devices: steps 1 to 10 of spec-evidence §4.4.
-    gpu = verify_devices(evidence.devices, nonce=gpu_nonce, root=anchors.gpu_root, now=now)
+    gpu = verify_devices(
+        evidence.devices, nonce=gpu_nonce, root=anchors.gpu_root, now=now,
+        rim_root=anchors.rim_root, rims=rims, ocsp=ocsp,
+    )  # fmt: skip
     risks = [RISK_SIMULATED] if anchors.simulated else [RISK_PHYSICAL]
     if evidence.devices:
-        risks += [RISK_RIM, RISK_OCSP, RISK_LOCALITY]
+        risks += [*gpu.risks, RISK_LOCALITY]
     verdict = Verdict(
         subject=subject,
         checks=(*tdx.checks, event_log, *gpu.checks),
@@ -101,7 +105,7 @@ def verify_evidence(
             runtime_events=log.runtime_events(),
             event_claims=None if claims is None else tuple(claims),
         )
-    return verdict.extended((), hardware=_hardware(facts)), facts
+    return verdict.extended((), hardware=hardware_identity(facts)), facts
 
 
 def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
@@ -127,7 +131,7 @@ def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
     return found, log
 
 
-def _hardware(facts: Facts) -> dict[str, str]:
+def hardware_identity(facts: Facts) -> dict[str, str]:
     """Identity of the platform as the signatures prove it."""
     tdx = facts.tdx
     hardware = {

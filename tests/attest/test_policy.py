@@ -6,6 +6,7 @@ import contextlib
 import re
 import tomllib
 from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cai.attest.policy import Profile, VerificationPolicy, policy_for
 from cai.attest.verdict import Outcome, Verdict, check
 from cai.errors import CaiError, FormatError, LimitExceeded, SettingError
 
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
 BODY = {
     "tcb_svn": "06010300" + "00" * 12, "mr_seam": "aa" * 48, "mrsigner_seam": "00" * 48,
     "seam_attributes": "00" * 8, "td_attributes": "0000001000000000", "xfam": "e702060000000000",
@@ -29,10 +31,12 @@ BODY = {
 TDX = TdxFacts(
     header={}, body=BODY, debug=False, tcb_status="UpToDate", tcb_date="2025-05-14T00:00:00Z",
     advisory_ids=("INTEL-SA-2",), fmspc="b0c06f000000", ppid="81" * 16, eval_data_number=19,
-    collateral_expires="2026-12-20T00:00:00Z",
+    collateral_expires="2026-12-20T00:00:00Z", collateral_issued="2026-11-20T00:00:00Z",
 )  # fmt: skip
 DEVICE = DeviceFacts(
-    "HOPPER", "GH100 A01 GSP BROM", "4711", "580.95.05", "96.00.74.00.1A", "fe" * 48, {}
+    "HOPPER", "GH100 A01 GSP BROM", "4711", "580.95.05", "96.00.74.00.1A", "fe" * 48, {},
+    rims={"driver": "d1" * 32, "vbios": "0b" * 32}, rim_expires="2027-01-01T00:00:00Z",
+    ocsp_produced="2026-11-30T22:00:00Z",
 )
 GUEST = {
     "profile": "operated", "launched_by": "agent", "cc_feature": "on", "devtools": "off",
@@ -62,7 +66,7 @@ def line(name: str) -> str:
 
 
 def failed(policy: VerificationPolicy, facts: Facts = FACTS) -> set[str]:
-    return {item.name for item in policy.appraise(facts) if item.outcome is Outcome.FAIL}
+    return {item.name for item in policy.appraise(facts, now=NOW) if item.outcome is Outcome.FAIL}
 
 
 def with_body(**fields: str) -> Facts:
@@ -152,7 +156,7 @@ def test_required_measurements_have_no_default(name: str) -> None:
     assert loosened.unsafe == (f"tdx.unsafe_any_{name}",)
     field = {"mr_td": "mr_td", "xfam": "xfam"}.get(name, f"rtmr_{name[-1]}")
     assert failed(loosened, with_body(**{field: "5a" * (len(BODY[field]) // 2)})) == set()
-    outcomes = {item.name: item.outcome for item in loosened.appraise(FACTS)}
+    outcomes = {item.name: item.outcome for item in loosened.appraise(FACTS, now=NOW)}
     assert outcomes[f"tdx.{name}"] is Outcome.NOT_ASKED
     with pytest.raises(SettingError, match="contradict"):
         parse(edited((line(name), f"{line(name)}\nunsafe_any_{name} = true")))
@@ -323,12 +327,12 @@ def test_the_documented_example_is_a_policy() -> None:
 def test_apply_extends_a_verdict() -> None:
     verdict = Verdict("guest", (check("tdx.genuine", passed=True),), residual_risks=("first",))
     policy = parse(edited((line("rtmr3"), "unsafe_any_rtmr3 = true")))
-    judged = policy.apply(verdict, FACTS)
+    judged = policy.apply(verdict, FACTS, now=NOW)
     assert judged.passed
     assert judged.unsafe == ("tdx.unsafe_any_rtmr3",)
     assert judged.residual_risks[0] == "first"
     assert any("unsafe_any_rtmr3" in risk for risk in judged.residual_risks)
-    assert not policy.apply(verdict, with_body(mr_td="12" * 48)).passed
+    assert not policy.apply(verdict, with_body(mr_td="12" * 48), now=NOW).passed
 
 
 def test_policy_for_needs_profile_and_launch() -> None:

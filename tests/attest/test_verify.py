@@ -12,9 +12,10 @@ import pytest
 from cai.attest.anchors import TrustAnchors, simulated_anchors, vendor_anchors
 from cai.attest.evidence import Evidence
 from cai.attest.facts import Facts
+from cai.attest.gpu.verify import RISK_RIM
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.attest.verdict import Outcome, Verdict
-from cai.attest.verify import RISK_RIM, RISK_SIMULATED, verify_evidence
+from cai.attest.verify import RISK_SIMULATED, verify_evidence
 from cai.errors import EvidenceRefused
 
 if TYPE_CHECKING:

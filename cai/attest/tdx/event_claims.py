@@ -14,8 +14,11 @@ from cai import jcs
 from cai.attest.tdx.eventlog import EV_EVENT_TAG, SHA384, Event, EventLog, tagged_text
 from cai.errors import CaiError
 
-MAX_CLAIMS = 256 * 1024
-"""Longest JSON of all event claims, bytes; a longer list is left out whole, never cut."""
+MAX_CLAIMS = 112 * 1024
+"""Longest JSON of all event claims, bytes; a longer list is left out whole, never cut.
+
+Logs of real boots stay below half of it, and a token that carries it below 256 KiB.
+"""
 
 MAX_CONTENT_BRACKETS = 32
 """Most opening brackets of JSON in a runtime event; more stays text, so that nesting is bounded."""
