@@ -176,11 +176,29 @@ def load_base64(text: bytes, *, what: str) -> x509.Certificate:
         certificate.subject, certificate.issuer  # noqa: B018
         certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
         serial = certificate.serial_number
+        whole = der.endswith(whole_bit_string(certificate.signature))
     except LIBRARY_ERRORS as error:
         raise FormatError(f"{what}: not a certificate ({error})") from error
+    if not whole:
+        raise FormatError(f"{what}: the certificate does not end in its signature, bit for bit")
     if serial <= 0:
         raise FormatError(f"{what}: a certificate's serial number is not positive")
     return certificate
+
+
+def whole_bit_string(content: bytes) -> bytes:
+    """DER of a BIT STRING that has no unused bits.
+
+    The library does not say how many bits of a signature are declared unused, which the signature
+    itself does not cover; so the encoding is compared with this.
+    """
+    size = len(content) + 1
+    if size < 0x80:
+        head = bytes((size,))
+    else:
+        width = (size.bit_length() + 7) // 8
+        head = bytes((0x80 | width,)) + size.to_bytes(width, "big")
+    return b"\x03" + head + b"\x00" + content
 
 
 def _title(certificate: x509.Certificate) -> str:

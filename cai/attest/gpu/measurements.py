@@ -36,17 +36,19 @@ class Comparison:
         compared: number of measurements that were compared.
         mismatches: (index, role) of each that differs from every accepted value.
         conflicts: indexes that two files claim.
+        idle: roles whose file nothing was compared with.
     """
 
     rims: dict[str, Rim]
     compared: int
     mismatches: tuple[tuple[int, str], ...]
     conflicts: tuple[int, ...]
+    idle: tuple[str, ...]
 
     @property
     def equal(self) -> bool:
-        """Every active measurement is an accepted one."""
-        return self.compared > 0 and not self.mismatches and not self.conflicts
+        """Every active measurement is an accepted one, and each file had one to compare."""
+        return not (self.mismatches or self.conflicts or self.idle)
 
 
 def compare(report: Report, rims: dict[str, Rim]) -> Comparison:
@@ -59,7 +61,7 @@ def compare(report: Report, rims: dict[str, Rim]) -> Comparison:
     mismatches: list[tuple[int, str]] = []
     owners: dict[int, str] = {}
     conflicts: list[int] = []
-    compared = 0
+    counts = dict.fromkeys(rims, 0)
     for role, rim in rims.items():
         for index, accepted in sorted(rim.measurements.items()):
             if index in owners:
@@ -67,10 +69,11 @@ def compare(report: Report, rims: dict[str, Rim]) -> Comparison:
             owners[index] = role
             if index == NVDEC0_INDEX and report.nvdec0_status == NVDEC0_DISABLED:
                 continue
-            compared += 1
+            counts[role] += 1
             if report.measurements.get(index + 1) not in accepted:
                 mismatches.append((index, role))
-    return Comparison(rims, compared, tuple(mismatches), tuple(conflicts))
+    idle = tuple(role for role, count in counts.items() if not count)
+    return Comparison(rims, sum(counts.values()), tuple(mismatches), tuple(conflicts), idle)
 
 
 def rim_ids(report: Report, device: Device) -> dict[str, str]:
@@ -168,6 +171,7 @@ def _result(name: str, comparison: Comparison) -> Check:
     parts: list[str] = []
     if comparison.conflicts:
         parts.append(f"two files claim {_listed(comparison.conflicts)}")
+    parts += [f"nothing to compare with the {role} file" for role in comparison.idle]
     for role in comparison.rims:
         differing = [index for index, owner in comparison.mismatches if owner == role]
         if differing:
@@ -177,7 +181,7 @@ def _result(name: str, comparison: Comparison) -> Check:
         passed=comparison.equal,
         observed=f"{comparison.compared - len(comparison.mismatches)} equal",
         expected=f"{comparison.compared} equal",
-        reason="; ".join(parts) or "nothing was compared",
+        reason="; ".join(parts),
     )
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from cai.attest.certificates import LIBRARY_ERRORS
+from cai.attest.certificates import LIBRARY_ERRORS, whole_bit_string
 from cai.errors import EvidenceRefused, FormatError, LimitExceeded
 
 RESPONDER = "https://ocsp.ndis.nvidia.com"
@@ -134,6 +134,8 @@ def authenticate_answer(
         response = _load(data)
         single = _single(response)
         _about(single, certificate, issuer)
+        if whole_bit_string(response.signature) not in data:
+            raise FormatError("OCSP answer: a signature with unused bits")
         _signature(response, issuer, now)
         _extensions(response, nonce)
         return _answer(single)

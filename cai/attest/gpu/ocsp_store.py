@@ -140,4 +140,9 @@ def load_ocsp(path: Path, *, if_available: bool = False) -> OcspStore:
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(MAX_RESPONSE + 1)
+        data = file.read(MAX_RESPONSE + 1)
+    try:
+        serial_number(data)
+    except (FormatError, LimitExceeded, EvidenceRefused) as error:
+        raise type(error)(f"{path.name}: {error.message}") from error
+    return data
