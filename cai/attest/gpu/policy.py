@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from cai.attest.facts import DeviceFacts
 from cai.attest.verdict import Check, check, not_asked
-from cai.errors import FormatError
+from cai.errors import FormatError, SettingError
 from cai.settings import Section
 
 DEFAULT_OCSP_AGE_H = 24
@@ -47,10 +47,12 @@ def parse_device_policy(section: Section, unsafe: list[str]) -> DevicePolicy:
         unsafe: loosenings in force are appended.
 
     Raises:
-        SettingError: a member is out of its range.
+        SettingError: a member is contradictory or out of its range.
     """
     without_rim = section.flag("unsafe_without_rim", default=False)
     without_ocsp = section.flag("unsafe_without_ocsp", default=False)
+    if without_ocsp and section.has("ocsp_max_age_h"):
+        raise SettingError(f"{section.where}: ocsp_max_age_h and unsafe_without_ocsp contradict")
     age = section.integer(
         "ocsp_max_age_h", DEFAULT_OCSP_AGE_H, least=1, most=MAX_OCSP_AGE_H, unit="hours"
     )
