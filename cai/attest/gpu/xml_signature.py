@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from hashlib import sha384
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from lxml import etree
 
-from cai.attest.certificates import MAX_CERTIFICATES, load_base64
+from cai.attest.certificates import LIBRARY_ERRORS, MAX_CERTIFICATES, load_base64
 from cai.errors import EvidenceRefused, FormatError, LimitExceeded
 
 MAX_DOCUMENT = 256 * 1024
@@ -81,7 +80,7 @@ class SignedDocument:
             half = SIGNATURE_SIZE // 2
             r, s = (int.from_bytes(self.signature[at : at + half], "big") for at in (0, half))
             key.verify(encode_dss_signature(r, s), self.signed_info, ec.ECDSA(hashes.SHA384()))
-        except (InvalidSignature, ValueError, TypeError) as error:
+        except LIBRARY_ERRORS as error:
             raise EvidenceRefused("not signed by the first certificate (signature)") from error
 
 
