@@ -230,7 +230,7 @@ def _tdx_answer(result: TdxResult, now: datetime) -> Answer:
 def log_questions(folder: Folder, entry: Entry) -> Iterator[Question]:
     """Which registers of a quote a log replays to."""
     quote = folder.named("tdx", "quotes", str(entry.get("matches_quote")))
-    if quote is None or "match" not in entry or entry.get("format", "").startswith("dstack"):
+    if quote is None or "match" not in entry:
         return
     yield Question("", lambda: ask_log(folder, entry, quote), entry["match"])
 

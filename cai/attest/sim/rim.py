@@ -23,6 +23,9 @@ VBIOS_INDEXES = (*range(7), *range(8, 13))
 SWITCH_INDEXES = tuple(range(31))
 """Measurement indexes (block index less one) that files of each role own, as NVIDIA's do."""
 
+SLOTS = 64
+"""Measurements that NVIDIA's files list."""
+
 _SWID = "http://standards.iso.org/iso/19770/-2/2015/schema.xsd"
 _HASH = "http://www.w3.org/2001/04/xmlenc#sha384"
 _DS = "http://www.w3.org/2000/09/xmldsig#"
@@ -59,6 +62,7 @@ def make_rim(
     active: Golden,
     *,
     signer: Identity | None = None,
+    slots: int = SLOTS,
 ) -> bytes:
     """A signed reference file.
 
@@ -68,8 +72,9 @@ def make_rim(
         version: driver or firmware version.
         active: accepted values by index; all other indexes are inactive.
         signer: signs in place of the foundry's own signer, whose certificate is still shown.
+        slots: measurements that the file lists, active or not.
     """
-    root = _document(chip, version, active)
+    root = _document(chip, version, active, slots)
     digest = sha384(_canonical(root)).digest()
     signature = etree.SubElement(root, f"{{{_DS}}}Signature", nsmap={"ds": _DS})
     signed_info = _signed_info(signature, digest)
@@ -108,7 +113,7 @@ def service_answer(identifier: str, document: bytes) -> bytes:
     )
 
 
-def _document(chip: Chip, version: str, active: Golden) -> etree._Element:
+def _document(chip: Chip, version: str, active: Golden, slots: int) -> etree._Element:
     root = etree.Element(
         f"{{{_SWID}}}SoftwareIdentity",
         nsmap=_NAMESPACES,
@@ -131,7 +136,7 @@ def _document(chip: Chip, version: str, active: Golden) -> etree._Element:
         },
     )  # fmt: skip
     payload = etree.SubElement(root, f"{{{_SWID}}}Payload")
-    for index in range(64):
+    for index in range(slots):
         values = active.get(index) or (bytes(48),)
         resource = etree.SubElement(payload, f"{{{_SWID}}}Resource")
         resource.set("type", "Measurement")
