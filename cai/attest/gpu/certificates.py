@@ -19,8 +19,11 @@ MIN_CHAIN = 3
 SWITCH = "LS10"
 """Architecture of NVSwitches; every other one is a GPU's."""
 
-ARCHITECTURES = {"GH1": "HOPPER", "GB1": "BLACKWELL", "GB2": "BLACKWELL", "LS_": SWITCH}
-"""Architecture by the first characters of the boot ROM certificate's common name."""
+ARCHITECTURES = {
+    "GH1": "HOPPER", "GB1": "BLACKWELL", "GB2": "BLACKWELL", "LS_": SWITCH, "LS1": SWITCH,
+}  # fmt: skip
+"""Architecture by the first characters of a chip's name, as the common name above a leaf has it
+(``GH100``, ``LS_10``) and as reference files have it (``GH100``, ``LS10``)."""
 
 OID_FWID = x509.ObjectIdentifier("2.23.133.5.4.1")
 """TCG composite device identity: the value ends in a SHA-384 firmware digest (Hopper)."""

@@ -152,8 +152,7 @@ def _files(
 
 
 def _fits(rim: Rim, device: Device) -> bool:
-    family = ARCHITECTURES.get(rim.product[:3], SWITCH if rim.product.startswith("LS") else "")
-    return bool(family) and family == device.arch
+    return bool(device.arch) and ARCHITECTURES.get(rim.product[:3]) == device.arch
 
 
 def _closest(report: Report, found: dict[str, tuple[Rim, ...]]) -> Comparison:

@@ -58,6 +58,11 @@ class GpuResult:
     risks: tuple[str, ...] = ()
     comparisons: tuple[Comparison | None, ...] = ()
 
+    def alone(self, place: int) -> bool:
+        """Whether one device passed its own checks, whatever it is in company with."""
+        own = [item for item in self.checks if item.name.startswith(f"gpu.{place}.")]
+        return bool(own) and not any(item.outcome is Outcome.FAIL for item in own)
+
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:

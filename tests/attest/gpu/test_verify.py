@@ -251,3 +251,15 @@ def test_every_flipped_byte_of_a_chain_is_refused_or_white_space(
         altered = chain[:at] + bytes((chain[at] ^ (1 << at % 8),)) + chain[at + 1 :]
         refused = verify((replace(two[0], chain=altered),), root)
         assert refused or chain[at : at + 1].isspace(), f"flip at {at} was accepted"
+
+
+def test_one_device_by_itself(two: tuple[DeviceEvidence, ...], root: bytes) -> None:
+    twice = verify_devices((two[0], two[0]), nonce=NONCE, root=root, now=NOW)
+    assert twice.facts is None
+    assert twice.alone(0)
+    assert twice.alone(1)
+    assert not twice.alone(2), "there is none"
+    broken = verify_devices(
+        (two[0], replace(two[1], report=b"")), nonce=NONCE, root=root, now=NOW
+    )
+    assert (broken.alone(0), broken.alone(1)) == (True, False)
