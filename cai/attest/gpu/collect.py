@@ -145,6 +145,22 @@ class NvidiaDevices:
         return DeviceEvidence(arch, self._driver.uuid(place), report, chain)
 
 
+class NoDevices:
+    """A guest without GPUs; a ``DeviceSource``. Whether that is enough is a policy's question."""
+
+    simulated = False
+
+    def collect(self, nonce: bytes) -> tuple[DeviceEvidence, ...]:
+        """Nothing."""
+        if len(nonce) != NONCE_SIZE:
+            raise FormatError(f"GPU nonce of {len(nonce)} bytes, expected {NONCE_SIZE}")
+        return ()
+
+    def facts(self) -> dict[str, str]:
+        """Guest facts: that there is no GPU."""
+        return {"count": "0"}
+
+
 FIX_CC_MODE = (
     "on the host, with the GPU unbound: nvidia_gpu_tools.py --set-cc-mode=on"
     " --reset-after-cc-mode-switch; then restart the guest"

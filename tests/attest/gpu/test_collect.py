@@ -6,59 +6,19 @@ import builtins
 import ctypes
 import os
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cai.attest.evidence import DeviceSource
-from cai.attest.gpu.collect import ConfidentialMode, NvidiaDevices, NvmlDriver
+from cai.attest.gpu.collect import ConfidentialMode, NoDevices, NvidiaDevices, NvmlDriver
 from cai.attest.gpu.report import parse_report
 from cai.errors import FormatError, InputMissing, Refused, StorageError
+from tests.attest.gpu.driver import Recorded
 
 VECTORS = Path(os.environ.get("CAI_VECTORS", "../shared/vectors")) / "evidence" / "gpu"
 NONCE = bytes(range(32))
-
-
-@dataclass
-class Recorded:
-    """A ``GpuDriver`` that gives recorded bytes."""
-
-    reports: list[bytes] = field(default_factory=lambda: [b"report"])
-    chain: bytes = b"chain"
-    number: int = 9
-    state: ConfidentialMode = field(default_factory=lambda: ConfidentialMode(1, 0, 0))
-    is_ready: bool = False
-    nonces: list[bytes] = field(default_factory=list)
-
-    def count(self) -> int:
-        return len(self.reports)
-
-    def architecture(self, place: int) -> int:
-        return self.number
-
-    def uuid(self, place: int) -> str:
-        return f"GPU-{place}"
-
-    def report(self, place: int, nonce: bytes) -> bytes:
-        self.nonces.append(nonce)
-        return self.reports[place]
-
-    def certificates(self, place: int) -> bytes:
-        return self.chain
-
-    def mode(self) -> ConfidentialMode:
-        return self.state
-
-    def version(self) -> str:
-        return "580.95.05"
-
-    def ready(self) -> bool:
-        return self.is_ready
-
-    def set_ready(self, *, ready: bool) -> None:
-        self.is_ready = ready
 
 
 def recorded(name: str) -> bytes:
@@ -129,6 +89,13 @@ def test_an_open_gpu_is_refused_with_the_way_out(state: ConfidentialMode, what: 
         NvidiaDevices(Recorded(state=state)).require_confidential()
     assert "--set-cc-mode=on" in (caught.value.hint or "")
     NvidiaDevices(Recorded()).require_confidential()
+
+
+def test_no_devices() -> None:
+    source: DeviceSource = NoDevices()
+    assert (source.collect(NONCE), source.facts()) == ((), {"count": "0"})
+    with pytest.raises(FormatError):
+        source.collect(b"")
 
 
 def test_ready_state() -> None:
