@@ -70,6 +70,15 @@ def load_chain(pem: bytes, *, what: str) -> tuple[x509.Certificate, ...]:
     return tuple(chain)
 
 
+def is_plain(pem: bytes, chain: Sequence[x509.Certificate]) -> bool:
+    """Whether a chain is written as encoders write it, so that no byte of it can be changed.
+
+    The line end after the last certificate may be missing, and one NUL may follow.
+    """
+    plain = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)
+    return pem.removesuffix(b"\x00") in (plain, plain[:-1])
+
+
 def common_name(certificate: x509.Certificate) -> str:
     """The subject's common name, or the empty string when there is not exactly one.
 

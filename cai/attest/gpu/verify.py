@@ -12,7 +12,7 @@ from datetime import datetime
 
 from cryptography import x509
 
-from cai.attest.certificates import load_chain, verify_chain
+from cai.attest.certificates import is_plain, load_chain, verify_chain
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.facts import DeviceFacts
 from cai.attest.gpu import device_checks
@@ -150,6 +150,8 @@ def _verify_device(name: str, evidence: DeviceEvidence, inputs: _Inputs) -> _Out
     try:
         chain = load_chain(evidence.chain, what="device chain")
         device = describe(chain)
+        if not is_plain(evidence.chain, chain):
+            raise EvidenceRefused("the chain is written in another way than PEM is")
         verify_chain(chain, root=inputs.root, now=inputs.now)
     except (FormatError, LimitExceeded, EvidenceRefused) as error:
         checks.append(check(f"{name}.chain", passed=False, reason=error.message))

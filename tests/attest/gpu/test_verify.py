@@ -243,14 +243,14 @@ def test_every_flipped_byte_of_a_report_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
-def test_every_flipped_byte_of_a_chain_is_refused_or_white_space(
+def test_every_flipped_byte_of_a_chain_is_refused(
     two: tuple[DeviceEvidence, ...], root: bytes
 ) -> None:
     chain = two[0].chain
     for at in range(0, len(chain), 2):
         altered = chain[:at] + bytes((chain[at] ^ (1 << at % 8),)) + chain[at + 1 :]
         refused = verify((replace(two[0], chain=altered),), root)
-        assert refused or chain[at : at + 1].isspace(), f"flip at {at} was accepted"
+        assert refused, f"flip at {at} was accepted"
 
 
 def test_one_device_by_itself(two: tuple[DeviceEvidence, ...], root: bytes) -> None:
