@@ -105,7 +105,10 @@ def organisations(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(str(name.value) for name in names)
 
 
-def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetime) -> None:
+def verify_chain(
+    chain: Sequence[x509.Certificate], *, root: bytes, now: datetime,
+    issued: set[tuple[x509.Certificate, x509.Certificate]] | None = None,
+) -> None:  # fmt: skip
     """Verify a chain, leaf first, whose last member must be the pinned root.
 
     Steps (spec-evidence §4.3): (a) the last certificate is the pinned root, byte for byte; (b) each
@@ -117,6 +120,8 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetim
         chain: two or more certificates.
         root: DER of the pinned root.
         now: time of the verification, timezone-aware.
+        issued: certificates with their issuers whose signatures are known to hold; what is found
+            to hold is added. Devices of one list share most of their chains.
 
     Raises:
         EvidenceRefused: naming the first certificate that fails.
@@ -133,11 +138,14 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetim
         # (c)
         issuer = chain[min(place + 1, len(chain) - 1)]
         try:
-            certificate.verify_directly_issued_by(issuer)
+            if issued is None or (certificate, issuer) not in issued:
+                certificate.verify_directly_issued_by(issuer)
         except LIBRARY_ERRORS as error:
             raise EvidenceRefused(
                 f"{_title(certificate)} is not signed by {_title(issuer)}"
             ) from error
+        if issued is not None:
+            issued.add((certificate, issuer))
         # (d) and (e)
         try:
             _check_extensions(certificate, place)

@@ -32,6 +32,9 @@ MAX_TRIED = 16
 SUFFIXES = (".der", ".ocsp")
 """Names of files that are read: DER of OCSP responses."""
 
+Found = tuple[OcspAnswer | None, tuple[str, ...]]
+"""The newest authentic answer about a certificate, and why others are none."""
+
 
 @dataclass(frozen=True, slots=True)
 class OcspStore:
@@ -59,7 +62,7 @@ class OcspStore:
             found[number] = (*found.get(number, ()), answer)
         return cls(MappingProxyType(found), if_available)
 
-    def newest(self, link: Link, now: datetime) -> tuple[OcspAnswer | None, tuple[str, ...]]:
+    def newest(self, link: Link, now: datetime) -> Found:
         """The newest authentic answer about a certificate, and why others are none."""
         certificate, issuer = link
         found: list[OcspAnswer] = []
@@ -77,7 +80,8 @@ class OcspStore:
 
 
 def check_revocation(
-    name: str, links: Sequence[Link], *, store: OcspStore, now: datetime
+    name: str, links: Sequence[Link], *, store: OcspStore, now: datetime,
+    known: dict[Link, Found] | None = None,
 ) -> tuple[Check, datetime | None]:
     """Ask a store about every certificate behind a device (spec-evidence §4.8).
 
@@ -89,15 +93,19 @@ def check_revocation(
         links: certificates with their issuers.
         store: the answers there are.
         now: time of the verification, timezone-aware.
+        known: answers found before, for the same store and time; what is found is added.
 
     Returns:
         The check, and ``thisUpdate`` of the oldest answer if there is a current one for each.
     """
+    known = {} if known is None else known
     produced: list[datetime] = []
     missing: list[str] = []
     for link in dict.fromkeys(links):
         title = common_name(link[0]) or "unnamed certificate"
-        answer, bad = store.newest(link, now)
+        if link not in known:
+            known[link] = store.newest(link, now)
+        answer, bad = known[link]
         if answer is not None and not answer.good:
             reason = f"{title} is {answer.status}"
             return check(name, passed=False, observed=answer.status, reason=reason), None

@@ -7,7 +7,7 @@ facts say that nothing was compared, and a policy that does not loosen it refuse
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from cryptography import x509
@@ -18,8 +18,8 @@ from cai.attest.facts import DeviceFacts
 from cai.attest.gpu import device_checks
 from cai.attest.gpu.certificates import SWITCH, Device, describe
 from cai.attest.gpu.measurements import Comparison, check_measurements
-from cai.attest.gpu.ocsp import device_links, rim_links
-from cai.attest.gpu.ocsp_store import OcspStore, check_revocation
+from cai.attest.gpu.ocsp import Link, device_links, rim_links
+from cai.attest.gpu.ocsp_store import Found, OcspStore, check_revocation
 from cai.attest.gpu.report import Report, parse_report
 from cai.attest.gpu.rim_store import RimStore
 from cai.attest.gpu.topology import check_list
@@ -75,6 +75,9 @@ class _Inputs:
     rims: RimStore | None
     ocsp: OcspStore | None
     without_fwid: bool
+    # What devices share is verified once: signatures of issuers, and answers about them.
+    issued: set[Link] = field(default_factory=set)
+    answers: dict[Link, Found] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def _verify_device(name: str, evidence: DeviceEvidence, inputs: _Inputs) -> _Out
         device = describe(chain)
         if not is_plain(evidence.chain, chain):
             raise EvidenceRefused("the chain is written in another way than PEM is")
-        verify_chain(chain, root=inputs.root, now=inputs.now)
+        verify_chain(chain, root=inputs.root, now=inputs.now, issued=inputs.issued)
     except (FormatError, LimitExceeded, EvidenceRefused) as error:
         checks.append(check(f"{name}.chain", passed=False, reason=error.message))
     else:
@@ -204,7 +207,9 @@ def _revocation(
     links = list(device_links(chain))
     for rim in comparison.rims.values() if comparison else ():
         links += rim_links(rim.chain)
-    found, produced = check_revocation(f"{name}.ocsp", links, store=inputs.ocsp, now=inputs.now)
+    found, produced = check_revocation(
+        f"{name}.ocsp", links, store=inputs.ocsp, now=inputs.now, known=inputs.answers
+    )
     checks.append(found)
     return produced
 

@@ -263,3 +263,21 @@ def test_one_device_by_itself(two: tuple[DeviceEvidence, ...], root: bytes) -> N
         (two[0], replace(two[1], report=b"")), nonce=NONCE, root=root, now=NOW
     )
     assert (broken.alone(0), broken.alone(1)) == (True, False)
+
+
+def test_a_shared_issuer_is_not_taken_on_trust(
+    two: tuple[DeviceEvidence, ...], root: bytes
+) -> None:
+    """Issuers are verified once for a list, but only the very same certificates are skipped."""
+    blocks = two[1].chain.split(b"-----BEGIN CERTIFICATE-----\n")
+    for place in (2, 3, 4, 5):
+        lines = blocks[place].split(b"\n")
+        swapped = lines[-4][:-8] + lines[-4][-8:].swapcase()
+        if swapped == lines[-4]:
+            continue
+        lines[-4] = swapped
+        altered = [*blocks[:place], b"\n".join(lines), *blocks[place + 1 :]]
+        chain = b"-----BEGIN CERTIFICATE-----\n".join(altered)
+        assert "gpu.1.chain" in verify((two[0], replace(two[1], chain=chain)), root)
+    foreign = replace(two[1], chain=two[0].chain)
+    assert "gpu.1.signature" in verify((two[0], foreign), root)
