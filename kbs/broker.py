@@ -16,6 +16,8 @@ from sqlalchemy import Connection
 
 from cai.attest import jwe
 from cai.attest.anchors import TrustAnchors
+from cai.attest.gpu.ocsp_store import OcspStore
+from cai.attest.gpu.rim_store import RimStore
 from cai.attest.policy import VerificationPolicy
 from cai.attest.rcar import Challenge, Request
 from cai.attest.tdx.collateral import CollateralStore
@@ -80,6 +82,8 @@ class KeyBroker:
         collateral: Intel's statements about platforms.
         clock: the time; nobody outside can give it.
         unsafe: names of the ``unsafe_…`` settings in force.
+        rims: NVIDIA's reference measurements; ``None`` does not compare.
+        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
     """
 
     def __init__(
@@ -90,11 +94,14 @@ class KeyBroker:
         collateral: CollateralStore,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         unsafe: tuple[str, ...] = (),
+        rims: RimStore | None = None,
+        ocsp: OcspStore | None = None,
     ) -> None:
         self.instance = instance
         self.unsafe = unsafe
         self._anchors = anchors
         self._collateral = collateral
+        self._rims, self._ocsp = rims, ocsp
         self._clock = clock
         self._database = instance.database
         rows = {
@@ -157,6 +164,8 @@ class KeyBroker:
             collateral=self._collateral,
             now=self._clock(),
             require_agreement=self._wants_agreement(),
+            rims=self._rims,
+            ocsp=self._ocsp,
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
@@ -390,7 +399,7 @@ class KeyBroker:
         request: str,
     ) -> Entry:
         policies = self._current(connection)
-        facts = established.facts
+        facts, now = established.facts, self._clock()
         verdict = decide(
             facts,
             resource=name,
@@ -398,8 +407,8 @@ class KeyBroker:
             verification=policies.verification,
             release=policies.release,
             claims=lambda checks: self._claims(session, established, policies, checks),
-            hardware=hardware_identity(facts),
-            now=self._clock(),
+            hardware=hardware_identity(facts, now=now),
+            now=now,
         )
         verdict = verdict.extended((), unsafe=(*verdict.unsafe, *self.unsafe))
         return Entry(

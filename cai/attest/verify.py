@@ -15,6 +15,7 @@ from cai.attest.facts import Facts
 from cai.attest.gpu.ocsp_store import OcspStore
 from cai.attest.gpu.rim_store import RimStore
 from cai.attest.gpu.verify import verify_devices
+from cai.attest.policy_values import parse_moment
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.tdx.event_claims import event_claims
 from cai.attest.tdx.eventlog import EventLog, parse_event_log
@@ -39,7 +40,7 @@ def verify_evidence(
     evidence: Evidence,
     *,
     subject: str,
-    report_data: bytes,
+    report_data: bytes | None,
     gpu_nonce: bytes | None,
     anchors: TrustAnchors,
     collateral: CollateralStore,
@@ -53,7 +54,8 @@ def verify_evidence(
     Args:
         evidence: quote and devices as the guest gave them.
         subject: what is verified, as the verdict names it.
-        report_data: the 64 bytes that the quote must carry.
+        report_data: the 64 bytes that the quote must carry; ``None`` does not ask, which is for
+            evidence in files alone: no protocol may pass it.
         gpu_nonce: the 32 bytes that every GPU report must carry; ``None`` only without devices.
         anchors: the roots to trust.
         collateral: Intel's statements about platforms.
@@ -105,7 +107,7 @@ def verify_evidence(
             runtime_events=log.runtime_events(),
             event_claims=None if claims is None else tuple(claims),
         )
-    return verdict.extended((), hardware=hardware_identity(facts)), facts
+    return verdict.extended((), hardware=hardware_identity(facts, now=now)), facts
 
 
 def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
@@ -131,9 +133,11 @@ def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
     return found, log
 
 
-def hardware_identity(facts: Facts) -> dict[str, str]:
-    """Identity of the platform as the signatures prove it."""
+def hardware_identity(facts: Facts, *, now: datetime) -> dict[str, str]:
+    """Identity of the platform as the signatures prove it, and the age of what says so."""
     tdx = facts.tdx
+    issued = parse_moment(tdx.collateral_issued)
+    age = f"{(now - issued).total_seconds() / 86400:.1f} days" if issued else "unknown"
     hardware = {
         "fmspc": tdx.fmspc,
         "ppid": tdx.ppid,
@@ -142,6 +146,7 @@ def hardware_identity(facts: Facts) -> dict[str, str]:
         "tcb_eval_data_number": str(tdx.eval_data_number),
         "advisories": ", ".join(tdx.advisory_ids) or "none",
         "collateral_issued": tdx.collateral_issued,
+        "collateral_age": age,
         "collateral_expires": tdx.collateral_expires,
         "platform_instance_id": tdx.platform_instance_id,
         **{name: tdx.pck_flags[name] for name in sorted(tdx.pck_flags)},

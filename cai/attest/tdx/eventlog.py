@@ -209,14 +209,16 @@ def _parse_ccel(data: bytes) -> EventLog:
 def _header(reader: _Reader) -> dict[int, int]:
     """The first record, of the old layout, which announces the digest algorithms."""
     register = reader.integer(4, "header register")
-    if reader.integer(4, "header type") != EV_NO_ACTION or register > REGISTERS:
+    if reader.integer(4, "header type") != EV_NO_ACTION or register > 1:
         raise FormatError("event log: does not begin with a specification record")
     if any(reader.take(20, "header digest")):
         raise FormatError("event log: the specification record has a digest")
     body = _Reader(reader.take(reader.integer(4, "header size"), "header data"))
     if body.take(16, "specification") != _SPEC_ID:
         raise FormatError("event log: not of the crypto-agile form")
-    body.take(8, "specification version")
+    # Platform class, minor and major version, errata (0x69 was seen), size of a UINTN.
+    if body.take(8, "specification version")[4:6] != b"\x00\x02":
+        raise FormatError("event log: specification version is not 2.0")
     count = body.integer(4, "algorithm count")
     if not 1 <= count <= MAX_ALGORITHMS:
         raise LimitExceeded(f"event log: {count} digest algorithms")

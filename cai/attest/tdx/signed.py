@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cai.attest.certificates import LIBRARY_ERRORS, common_name, load_chain, verify_chain
 from cai.attest.tdx.collateral import Collateral, members_of
@@ -40,13 +41,29 @@ def verify_collateral(collateral: Collateral, *, root: bytes, now: datetime) -> 
     now = now.replace(microsecond=0)
     members = members_of(collateral)
     lists = Revocation(members, root, now)
-    issuer = chain_to_root(
-        members["pck_crl_issuer_chain"].encode(errors="replace"), "PCK revocation list's chain",
-        (PCK_CA, ROOT), root, now,
-    )  # fmt: skip
-    lists.of_platforms(issuer[0])
+    issuer = _platform_ca(members["pck_crl_issuer_chain"], root, now)
+    lists.of_platforms(issuer)
+    lists.clear_issuer(issuer)
     for name in ("tcb_info", "qe_identity"):
         signed_part(members, name, lists, root, now)
+
+
+def _platform_ca(pem: str, root: bytes, now: datetime) -> x509.Certificate:
+    """The Platform or Processor CA, which the root must have issued."""
+    what = "PCK revocation list's chain"
+    chain = load_chain(pem.encode(errors="replace"), what=what)
+    if len(chain) != SIGNER_CHAIN or chain[1].public_bytes(Encoding.DER) != root:
+        raise EvidenceRefused(f"{what} does not end in the pinned root")
+    issuer = chain[0]
+    try:
+        issuer.verify_directly_issued_by(chain[1])
+        basic = issuer.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except (*LIBRARY_ERRORS, x509.ExtensionNotFound) as error:
+        raise EvidenceRefused(f"{what} is not signed by the pinned root") from error
+    valid = issuer.not_valid_before_utc <= now <= issuer.not_valid_after_utc
+    if not basic.ca or not valid or common_name(issuer) not in PCK_CA:
+        raise EvidenceRefused(f"{what}: not a platform authority that is valid at this time")
+    return issuer
 
 
 class Revocation:
@@ -77,6 +94,10 @@ class Revocation:
     def of_platforms(self, issuer: x509.Certificate) -> None:
         """Verify the list of revoked platforms, which ``issuer`` must have signed."""
         self._verify(self._pck_list, issuer)
+
+    def clear_issuer(self, issuer: x509.Certificate) -> None:
+        """Refuse a Platform or Processor CA that the root has revoked."""
+        self._absent(self._root_list, issuer)
 
     def _verify(self, revoked: x509.CertificateRevocationList, issuer: x509.Certificate) -> None:
         try:

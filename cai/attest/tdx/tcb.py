@@ -30,7 +30,12 @@ PLATFORM_STATUS = (
     UP_TO_DATE, "SWHardeningNeeded", "ConfigurationNeeded", "ConfigurationAndSWHardeningNeeded",
     OUT_OF_DATE, OUT_OF_DATE_CONFIGURATION, REVOKED,
 )  # fmt: skip
-"""Statuses that a level may have."""
+"""Statuses that a level of the platform may have."""
+
+SVN_STATUS = (UP_TO_DATE, OUT_OF_DATE, REVOKED)
+"""Statuses that a level of a module or quoting enclave may have."""
+
+_BEHIND = (OUT_OF_DATE, OUT_OF_DATE_CONFIGURATION)
 
 _WORSE = {
     UP_TO_DATE: OUT_OF_DATE,
@@ -169,10 +174,10 @@ class Members:
             raise FormatError(f"{self.where}: advisoryIDs is not a list of strings")
         return tuple(value)
 
-    def status(self) -> str:
+    def status(self, known: tuple[str, ...]) -> str:
         """``tcbStatus``, one that is known."""
         status = self.text("tcbStatus")
-        if status not in PLATFORM_STATUS:
+        if status not in known:
             raise FormatError(f"{self.where}: unknown status {status[:40]!r}")
         return status
 
@@ -180,7 +185,10 @@ class Members:
 def svn_levels(items: Sequence[Members]) -> tuple[SvnLevel, ...]:
     """Levels of a module or quoting enclave, in the order given (newest first)."""
     return tuple(
-        SvnLevel(item.member("tcb").integer("isvsvn", 0xFFFF), item.status(), item.advisories())
+        SvnLevel(
+            item.member("tcb").integer("isvsvn", 0xFFFF), item.status(PLATFORM_STATUS),
+            item.advisories(),
+        )
         for item in items
     )
 
@@ -195,7 +203,7 @@ def platform_levels(info: Members) -> tuple[Level, ...]:
                 sgx=_components(tcb, "sgxtcbcomponents"),
                 pce_svn=tcb.integer("pcesvn", 0xFFFF),
                 tdx=_components(tcb, "tdxtcbcomponents"),
-                status=item.status(),
+                status=item.status(PLATFORM_STATUS),
                 date=item.text("tcbDate"),
                 advisories=item.advisories(),
             )
@@ -216,23 +224,37 @@ def evaluate(info: Members, platform: Platform, qe: SvnLevel) -> TcbResult:
         FormatError: the information has another form.
     """
     levels = platform_levels(info)
-    # (a) The first level that every SVN reaches; the first that the SGX ones alone reach.
+    # (a) The levels that the SVNs of the processor reach, newest first.
     reached = [level for level in levels if _sgx_reaches(platform, level)]
-    matched = next((level for level in reached if _tdx_reaches(platform.tee_tcb_svn, level)), None)
-    if matched is None:
-        raise EvidenceRefused("the platform reaches no TCB level")
-    # (b) The TDX module, by its major version.
-    module = _module_level(info, platform)
-    # (c) Converge; (d) a firmware update that only this TD has not seen yet.
+    # (b) With the module that started this TD; the same for the one that is loaded now.
+    matched, module = _with_module(info, platform, reached, platform.tee_tcb_svn)
     status = _converge(matched.status, module.status if module else UP_TO_DATE)
-    if module is not None and _relaunch(info, platform, levels[0], reached[0], status, module, qe):
-        configuration = any("Configuration" in item for item in (reached[0].status, status))
-        status = "TDRelaunchAdvised" + ("ConfigurationNeeded" if configuration else "")
+    # (c) With the module that is loaded now the platform would be current: only this TD, started
+    # before the update, has to be started again.
+    if platform.tee_tcb_svn2 is not None:
+        current, loaded = _with_module(info, platform, reached, platform.tee_tcb_svn2)
+        now = _converge(current.status, loaded.status if loaded else UP_TO_DATE)
+        if now == REVOKED:
+            raise EvidenceRefused("the TCB level of the loaded module is revoked")
+        if status in _BEHIND and now not in _BEHIND and qe.status == UP_TO_DATE:
+            configuration = "Configuration" in status or "Configuration" in now
+            status = "TDRelaunchAdvised" + ("ConfigurationNeeded" if configuration else "")
+    # (d) The quoting enclave.
     status = _converge(status, qe.status)
     if status == REVOKED:
         raise EvidenceRefused("the TCB level is revoked")
     advisories = {*matched.advisories, *(module.advisories if module else ()), *qe.advisories}
     return TcbResult(status, matched.date, tuple(sorted(advisories)))
+
+
+def _with_module(
+    info: Members, platform: Platform, reached: Sequence[Level], svn: bytes
+) -> tuple[Level, SvnLevel | None]:
+    """The platform's level with a module of these SVNs, and the module's own."""
+    matched = next((level for level in reached if _tdx_reaches(svn, level)), None)
+    if matched is None:
+        raise EvidenceRefused("the platform reaches no TCB level")
+    return matched, _module_level(info, platform, svn)
 
 
 def qe_level(levels: Sequence[SvnLevel], svn: int) -> SvnLevel:
@@ -244,7 +266,7 @@ def qe_level(levels: Sequence[SvnLevel], svn: int) -> SvnLevel:
     found = next((level for level in levels if svn >= level.svn), None)
     if found is None:
         raise EvidenceRefused("the quoting enclave reaches no TCB level")
-    return found
+    return _judged(found)
 
 
 def _components(tcb: Members, name: str) -> tuple[int, ...]:
@@ -284,8 +306,8 @@ def _module(item: Members, levels: tuple[SvnLevel, ...]) -> Module:
     )
 
 
-def _module_level(info: Members, platform: Platform) -> SvnLevel | None:
-    major = platform.tee_tcb_svn[1]
+def _module_level(info: Members, platform: Platform, svn: bytes) -> SvnLevel | None:
+    major = svn[1]
     # The plain identity must be there whatever the version; the numbered one decides if there is.
     module = _module(info.member("tdxModule"), ())
     if major:
@@ -297,36 +319,22 @@ def _module_level(info: Members, platform: Platform) -> SvnLevel | None:
         raise EvidenceRefused("the TDX module has other attributes")
     if not major:
         return None
-    found = next((level for level in module.levels if platform.tee_tcb_svn[0] >= level.svn), None)
+    found = next((level for level in module.levels if svn[0] >= level.svn), None)
     if found is None:
         raise EvidenceRefused("the TDX module reaches no TCB level")
-    return found
+    return _judged(found)
+
+
+def _judged(level: SvnLevel) -> SvnLevel:
+    if level.status not in SVN_STATUS:
+        raise EvidenceRefused(f"{level.status} is no status of a module or quoting enclave")
+    return level
 
 
 def _converge(status: str, other: str) -> str:
     if REVOKED in (status, other):
         return REVOKED
     return _WORSE.get(status, status) if other == OUT_OF_DATE else status
-
-
-def _relaunch(
-    info: Members, platform: Platform, newest: Level, sgx: Level, status: str, module: SvnLevel,
-    qe: SvnLevel,
-) -> bool:
-    """Whether the loaded module is current and only this TD was started before its update."""
-    now = platform.tee_tcb_svn2
-    if now is None or qe.status != UP_TO_DATE or module.status != OUT_OF_DATE:
-        return False
-    if sgx.status not in _WORSE or status not in (OUT_OF_DATE, OUT_OF_DATE_CONFIGURATION):
-        return False
-    if now[1]:
-        levels = _identity(info, now[1]).levels
-        if not levels:
-            raise EvidenceRefused("the loaded TDX module has no TCB levels")
-        least = levels[0].svn
-    else:
-        least = newest.tdx[0]
-    return now[0] >= least and now[2] >= newest.tdx[2]
 
 
 def check_masked(expected: bytes, mask: bytes, observed: bytes) -> bool:

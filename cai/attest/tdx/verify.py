@@ -28,6 +28,9 @@ from cai.errors import CaiError, EvidenceRefused, FormatError, InputError, Limit
 PCK_CHAIN_LENGTH = 3
 """Certificates in a quote: PCK leaf, Platform or Processor CA, root."""
 
+NO_COLLATERAL = "there is no collateral for this platform"
+"""Reason of a failed ``tdx.collateral`` that more collateral would mend."""
+
 ENGINES = ("dcap-qvl", "pure")
 """The engines by the names that facts give them."""
 
@@ -42,7 +45,7 @@ class TdxResult:
 def verify_quote(
     quote: bytes,
     *,
-    report_data: bytes,
+    report_data: bytes | None,
     root: bytes,
     collateral: CollateralStore,
     now: datetime,
@@ -52,7 +55,8 @@ def verify_quote(
 
     Args:
         quote: as the guest gave it, padding included.
-        report_data: the 64 bytes that the quote must carry.
+        report_data: the 64 bytes that the quote must carry; ``None`` does not ask, which is for
+            files alone: no protocol may pass it.
         root: DER of the pinned root.
         collateral: where to find Intel's statements about the platform.
         now: time of the verification, timezone-aware.
@@ -153,9 +157,12 @@ def _parse(data: bytes, checks: list[Check]) -> Quote | None:
     return parsed
 
 
-def _check_report_data(quote: Quote, expected: bytes, checks: list[Check]) -> None:
+def _check_report_data(quote: Quote, expected: bytes | None, checks: list[Check]) -> None:
     # (3) All 64 bytes, so that a stock digest never stands for one of our statements.
     observed = quote.body["report_data"]
+    if expected is None:
+        checks.append(not_asked("tdx.report_data", observed.hex(), "nobody says what it should be"))
+        return
     checks.append(
         check(
             "tdx.report_data",
@@ -223,7 +230,7 @@ def _find_collateral(
         checks.append(
             check(
                 "tdx.collateral", passed=False, observed=f"FMSPC {fmspc}, {authority} CA",
-                reason="there is no collateral for this platform",
+                reason=NO_COLLATERAL,
             )
         )  # fmt: skip
         return None
