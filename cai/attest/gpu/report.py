@@ -56,6 +56,7 @@ OPAQUE_SWITCH_PDIS = 22
 OPAQUE_GPU_PDIS = 26
 OPAQUE_CHIP_INFO = 35
 OPAQUE_FEATURE_FLAG = 36
+OPAQUE_INVALID = 255
 """Opaque field types that are used here; all others are kept unread (evidence.md §5.3)."""
 
 
@@ -203,6 +204,8 @@ def _opaque(data: bytes) -> Mapping[int, bytes]:
     while position < len(data):
         head = _part(data, position, 4, "opaque field head")
         kind, size = int.from_bytes(head[:2], "little"), int.from_bytes(head[2:], "little")
+        if kind == OPAQUE_INVALID:
+            raise FormatError("gpu report: an opaque field is marked as invalid")
         if kind in found:
             raise FormatError(f"gpu report: opaque field {kind} stands twice")
         found[kind] = _part(data, position + 4, size, f"opaque field {kind}")

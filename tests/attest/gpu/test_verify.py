@@ -219,6 +219,20 @@ def test_modes(
     assert verify((resigned(platform, monkeypatch, f36=None),), root) == set()
 
 
+def test_a_field_that_is_marked_as_invalid(
+    platform: SimulatedPlatform, root: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.attest.sim import nvidia
+
+    original = nvidia._opaque()
+    for kind, failing in ((254, set()), (255, {"gpu.0.report"}), (65535, set())):
+        with monkeypatch.context() as patch:
+            field = kind.to_bytes(2, "little") + b"\x01\x00x"
+            patch.setattr(nvidia, "_opaque", lambda field=field: original + field)
+            device = platform.devices(1).collect(NONCE)[0]
+        assert verify((device,), root) == failing
+
+
 def test_unknown_nvdec_status(
     platform: SimulatedPlatform, root: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
