@@ -117,7 +117,7 @@ def _facts(quote: Quote, claims: Mapping[str, Any], collateral: Collateral) -> T
         debug=False,
         tcb_status=str(tcb["status"]),
         tcb_date=str(platform["tcb_level"]["tcbDate"]),
-        advisory_ids=tuple(sorted(str(item) for item in tcb["advisory_ids"])),
+        advisory_ids=tuple(sorted({str(item) for item in tcb["advisory_ids"]})),
         fmspc=bytes(pck["fmspc"]).hex(),
         ppid=bytes(pck["ppid"]).hex(),
         eval_data_number=int(tcb["eval_data_number"]),
