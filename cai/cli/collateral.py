@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from cai.cli.collateral_gpu import gpu
 from cai.errors import CaiError, UsageError
 from cai.terminal import JsonFlag, current
 
@@ -106,6 +107,9 @@ def show(
     now, root = time_of(at), _root(unsafe_simulated_root)
     items = [_described(item, root, now) for item in _load(path)]
     current().result({"items": items}, _table(items))
+
+
+app.command("gpu")(gpu)
 
 
 def _load(path: Path) -> CollateralStore:
