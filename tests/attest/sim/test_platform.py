@@ -236,6 +236,24 @@ def test_command_line(tmp_path: Path) -> None:
     assert run().returncode == run("create").returncode == run("destroy", "x").returncode == 2
 
 
+def test_command_line_dials(tmp_path: Path) -> None:
+    from cai.attest.gpu.ocsp_store import load_ocsp
+
+    for name in ("one", "two"):
+        made = run("create", str(tmp_path / name), "--seed", "words")
+        assert "seed" in made.stdout
+    assert load_ocsp(tmp_path / "one" / "anchors" / "ocsp").answers
+    done = run(
+        "renew", str(tmp_path / "one"), "--tcb-status", "OutOfDate",
+        "--advisory", "INTEL-SA-01099", "--revoke", "GH100 A01 GSP BROM",
+    )
+    assert done.returncode == 0, done.stderr
+    (collateral,) = (tmp_path / "one" / "anchors" / "collateral").glob("*.json")
+    text = collateral.read_text()
+    assert "OutOfDate" in text
+    assert "INTEL-SA-01099" in text
+
+
 def test_verification_never_imports_the_simulator() -> None:
     code = (
         "import sys, cai.attest.verify, cai.attest.policy, cai.attest.anchors\n"
