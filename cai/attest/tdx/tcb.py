@@ -69,10 +69,11 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class SvnLevel:
-    """One level of a TDX module or quoting enclave: least SVN, status, advisories."""
+    """One level of a TDX module or quoting enclave: least SVN, status, date, advisories."""
 
     svn: int
     status: str
+    date: str
     advisories: tuple[str, ...]
 
 
@@ -187,7 +188,7 @@ def svn_levels(items: Sequence[Members]) -> tuple[SvnLevel, ...]:
     return tuple(
         SvnLevel(
             item.member("tcb").integer("isvsvn", 0xFFFF), item.status(PLATFORM_STATUS),
-            item.advisories(),
+            item.text("tcbDate"), item.advisories(),
         )
         for item in items
     )
@@ -244,7 +245,10 @@ def evaluate(info: Members, platform: Platform, qe: SvnLevel) -> TcbResult:
     if status == REVOKED:
         raise EvidenceRefused("the TCB level is revoked")
     advisories = {*matched.advisories, *(module.advisories if module else ()), *qe.advisories}
-    return TcbResult(status, matched.date, tuple(sorted(advisories)))
+    # (e) The platform is as old as the older of its level and its module's; Intel writes all dates
+    # alike, so they compare as text.
+    date = min(matched.date, module.date) if module else matched.date
+    return TcbResult(status, date, tuple(sorted(advisories)))
 
 
 def _with_module(
