@@ -15,7 +15,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cai.attest.certificates import load_chain
+from cai.attest.certificates import is_plain, load_chain
 from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import bit_errors, has_service_td, is_debug, stamp
 from cai.attest.tdx.collateral import Collateral, CollateralStore
@@ -209,8 +209,12 @@ def _check_root(quote: Quote, root: bytes, checks: list[Check]) -> None:
         chain = load_chain(quote.pck_chain, what="PCK chain")
         carried = chain[-1].public_bytes(Encoding.DER)
         reason = "the quote's certificates lead to another root than the pinned one"
+        written = b"".join(item.public_bytes(Encoding.PEM) for item in chain)
         if len(chain) != PCK_CHAIN_LENGTH:
             carried, reason = b"", f"{len(chain)} certificates, expected {PCK_CHAIN_LENGTH}"
+        elif quote.pck_chain.removesuffix(b"\x00") != written:
+            # So that no byte of a quote is free: Intel's services write exactly this.
+            carried, reason = b"", "the certificates are not in canonical PEM"
     except (FormatError, LimitExceeded) as error:
         carried, reason = b"", error.message
     checks.append(check("tdx.root", passed=carried == root, reason=reason))
