@@ -1,8 +1,7 @@
 """Mutation: no byte of a quote, a report, a reference file or an event log changes unnoticed.
 
-One bit of every byte is flipped. Nothing may crash, and nothing may be accepted outside the places
-that the specification documents as not authenticated; whatever is accepted must say exactly what
-the original says.
+One bit of every byte is flipped. Nothing may crash and nothing may be accepted; only of an event
+log, whose data a replay does not cover, is something accepted that then does not count.
 """
 
 from __future__ import annotations
@@ -56,13 +55,6 @@ def accepted(data: bytes, verify: Callable[[bytes], bool]) -> list[int]:
     return found
 
 
-def line_feeds(quote: bytes) -> set[int]:
-    """White space in the certificate chain of a quote: the one documented place (spec §3)."""
-    chain = parse_quote(quote).pck_chain
-    start = quote.index(chain)
-    return {start + place for place, byte in enumerate(chain) if byte in b"\n\r\x00"}
-
-
 def test_quote(platform: SimulatedPlatform, platform_dir: Path, anchors: TrustAnchors) -> None:
     from cai.attest.sim import GuestSettings
 
@@ -83,7 +75,7 @@ def test_quote(platform: SimulatedPlatform, platform_dir: Path, anchors: TrustAn
         assert found in (None, original), "a changed quote says something else"
         return found is not None
 
-    assert set(accepted(quote, verify)) <= line_feeds(quote)
+    assert accepted(quote, verify) == []
 
 
 def test_gpu_report(platform: SimulatedPlatform, anchors: TrustAnchors) -> None:
