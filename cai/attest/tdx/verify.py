@@ -15,7 +15,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cai.attest.certificates import is_plain, load_chain
+from cai.attest.certificates import load_chain
 from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import bit_errors, has_service_td, is_debug, stamp
 from cai.attest.tdx.collateral import Collateral, CollateralStore
@@ -36,10 +36,18 @@ ENGINES = ("dcap-qvl", "pure")
 
 @dataclass(frozen=True, slots=True)
 class TdxResult:
-    """Checks in order, and the facts when every one of them passed."""
+    """Checks in order, and what came out.
+
+    Attributes:
+        checks: every one of them.
+        facts: if every check passed.
+        platform: which platform it is, where the engine and our parse agree on a genuine quote,
+            whatever else failed; a refusal names the machine by it and nothing rests on it.
+    """
 
     checks: tuple[Check, ...]
     facts: TdxFacts | None
+    platform: TdxFacts | None = None
 
 
 def verify_quote(
@@ -95,9 +103,10 @@ def verify_quote(
         checks.append(not_asked("tdx.second_engine"))
     else:
         checks.append(_agreement(facts, second))
-        facts = replace(facts, engines=ENGINES)
+        if checks[-1].outcome is Outcome.PASS:
+            facts = replace(facts, engines=ENGINES)
     failed = any(item.outcome is Outcome.FAIL for item in checks)
-    return TdxResult(tuple(checks), None if failed else facts)
+    return TdxResult(tuple(checks), None if failed else facts, None if differing else facts)
 
 
 def _run_second(
