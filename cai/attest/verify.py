@@ -11,7 +11,7 @@ from datetime import datetime
 
 from cai.attest.anchors import TrustAnchors
 from cai.attest.evidence import Evidence
-from cai.attest.facts import Facts
+from cai.attest.facts import Facts, TdxFacts
 from cai.attest.gpu.ocsp_store import OcspStore
 from cai.attest.gpu.rim_store import RimStore
 from cai.attest.gpu.verify import verify_devices
@@ -90,6 +90,7 @@ def verify_evidence(
         subject=subject,
         checks=(*tdx.checks, event_log, *gpu.checks),
         simulated=anchors.simulated,
+        hardware=platform_identity(tdx.platform, now=now) if tdx.platform else {},
         residual_risks=tuple(risks),
     )
     if not verdict.passed or tdx.facts is None or gpu.facts is None:
@@ -134,11 +135,18 @@ def _event_log(evidence: Evidence) -> tuple[Check, EventLog | None]:
 
 
 def hardware_identity(facts: Facts, *, now: datetime) -> dict[str, str]:
-    """Identity of the platform as the signatures prove it, and the age of what says so."""
-    tdx = facts.tdx
+    """Identity of platform and devices as the signatures prove it."""
+    hardware = platform_identity(facts.tdx, now=now)
+    for place, device in enumerate(facts.devices):
+        hardware[f"gpu.{place}"] = f"{device.hwmodel} {device.ueid}"
+    return hardware
+
+
+def platform_identity(tdx: TdxFacts, *, now: datetime) -> dict[str, str]:
+    """Identity of a TDX platform, and the age of what says so."""
     issued = parse_moment(tdx.collateral_issued)
     age = f"{(now - issued).total_seconds() / 86400:.1f} days" if issued else "unknown"
-    hardware = {
+    return {
         "fmspc": tdx.fmspc,
         "ppid": tdx.ppid,
         "tcb_status": tdx.tcb_status,
@@ -152,6 +160,3 @@ def hardware_identity(facts: Facts, *, now: datetime) -> dict[str, str]:
         **{name: tdx.pck_flags[name] for name in sorted(tdx.pck_flags)},
         "engines": ", ".join(tdx.engines),
     }
-    for place, device in enumerate(facts.devices):
-        hardware[f"gpu.{place}"] = f"{device.hwmodel} {device.ueid}"
-    return hardware

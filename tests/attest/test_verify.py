@@ -141,3 +141,16 @@ def test_garbage(desk: Desk) -> None:
         verdict, facts = desk.verify(Evidence(garbage, (broken,)))
         assert facts is None
         assert {"tdx.framing", "gpu.0.report", "gpu.0.chain"} <= names(verdict)
+
+
+def test_a_refusal_names_the_machine(desk: Desk) -> None:
+    good, _ = desk.verify()
+    refused, facts = desk.verify(report_data=bytes(64))
+    assert facts is None
+    assert names(refused) == {"tdx.report_data"}
+    for name in ("fmspc", "ppid", "tcb_date", "advisories", "collateral_age"):
+        assert refused.hardware[name] == good.hardware[name]
+    altered = replace(desk.evidence, quote=desk.evidence.quote[:300] + b"\xff" * 8
+                      + desk.evidence.quote[308:])  # fmt: skip
+    forged, _ = desk.verify(altered)
+    assert forged.hardware == {}

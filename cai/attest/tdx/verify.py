@@ -218,10 +218,9 @@ def _check_root(quote: Quote, root: bytes, checks: list[Check]) -> None:
         chain = load_chain(quote.pck_chain, what="PCK chain")
         carried = chain[-1].public_bytes(Encoding.DER)
         reason = "the quote's certificates lead to another root than the pinned one"
-        written = b"".join(item.public_bytes(Encoding.PEM) for item in chain)
         if len(chain) != PCK_CHAIN_LENGTH:
             carried, reason = b"", f"{len(chain)} certificates, expected {PCK_CHAIN_LENGTH}"
-        elif quote.pck_chain.removesuffix(b"\x00") != written:
+        elif not is_plain(quote.pck_chain, chain):
             # So that no byte of a quote is free: Intel's services write exactly this.
             carried, reason = b"", "the certificates are not in canonical PEM"
     except (FormatError, LimitExceeded) as error:

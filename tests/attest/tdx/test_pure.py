@@ -161,6 +161,9 @@ STATUSES = st.sampled_from([
 ])  # fmt: skip
 QE_STATUSES = st.sampled_from(["UpToDate", "UpToDate", "OutOfDate", "Revoked"])
 MODULE_STATUSES = st.sampled_from(["UpToDate", "OutOfDate", "OutOfDate", "Revoked"])
+DATES = st.sampled_from(
+    ["2025-05-14T00:00:00Z", "2024-03-13T00:00:00Z", "2024-11-13T00:00:00Z"]
+)
 ADVISORIES = st.lists(st.sampled_from(["INTEL-SA-1", "INTEL-SA-2", "INTEL-SA-3"]), max_size=2)
 TCB_SVN = st.tuples(st.integers(3, 8), st.sampled_from([0, 1, 1, 3]), st.integers(2, 4))
 
@@ -181,7 +184,7 @@ def levels(name: str) -> st.SearchStrategy[list[dict[str, Any]]]:
     status = MODULE_STATUSES if name == "module" else QE_STATUSES
     level = st.fixed_dictionaries({
         "tcb": st.fixed_dictionaries({"isvsvn": st.integers(3, 8)}),
-        "tcbDate": st.just("2025-05-14T00:00:00Z"), "tcbStatus": status,
+        "tcbDate": DATES, "tcbStatus": status,
         "advisoryIDs": ADVISORIES,
     })  # fmt: skip
     return st.lists(level, min_size=1, max_size=3).map(
@@ -199,7 +202,7 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], bytes, byte
             "sgxtcbcomponents": near(tcb.CPU_SVN), "pcesvn": st.integers(12, 14),
             "tdxtcbcomponents": near(tcb.TEE_TCB_SVN),
         }),
-        "tcbDate": st.sampled_from(["2025-05-14T00:00:00Z", "2024-03-13T00:00:00Z"]),
+        "tcbDate": DATES,
         "tcbStatus": STATUSES, "advisoryIDs": ADVISORIES,
     })  # fmt: skip
     info = {
