@@ -15,7 +15,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cai.attest.certificates import load_chain
+from cai.attest.certificates import is_plain, load_chain
 from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import bit_errors, has_service_td, is_debug, stamp
 from cai.attest.tdx.collateral import Collateral, CollateralStore
