@@ -178,7 +178,7 @@ def verify_file(
     verdict = verdict.extended(
         checks, binding=binding, residual_risks=(*verdict.residual_risks, *risks)
     )
-    if facts is None:
+    if facts is None or not verdict.passed:
         return verdict, None
     if statement is not None:
         facts = facts.with_statement(statement)

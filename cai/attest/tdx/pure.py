@@ -28,8 +28,8 @@ from cai.attest.tdx.signed import (
     check_signature,
     signed_part,
 )
+from cai.attest.tdx.signed_json import Members
 from cai.attest.tdx.tcb import (
-    Members,
     Platform,
     SvnLevel,
     TcbResult,

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cai.attest.certificates import LIBRARY_ERRORS, common_name, load_chain, verify_chain
 from cai.attest.tdx.collateral import Collateral, members_of
-from cai.attest.tdx.tcb import Members
+from cai.attest.tdx.signed_json import Members
 from cai.errors import EvidenceRefused, FormatError
 
 PCK_CHAIN = 3
