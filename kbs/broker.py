@@ -16,10 +16,13 @@ from sqlalchemy import Connection
 from cai.attest import jwe
 from cai.attest.anchors import TrustAnchors
 from cai.attest.facts import Facts
+from cai.attest.gpu.ocsp_store import OcspStore
+from cai.attest.gpu.rim_store import RimStore
 from cai.attest.jwk import PublicJwk
 from cai.attest.rcar import Challenge, Request
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.verdict import Check, Verdict, check
+from cai.attest.verify import hardware_identity
 from cai.errors import (
     CaiError,
     EvidenceRefused,
@@ -49,6 +52,8 @@ class KeyBroker:
         collateral: Intel's statements about platforms.
         clock: the time; nobody outside can give it.
         unsafe: names of the ``unsafe_…`` settings in force.
+        rims: NVIDIA's reference measurements; ``None`` does not compare.
+        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
     """
 
     def __init__(
@@ -59,11 +64,14 @@ class KeyBroker:
         collateral: CollateralStore,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         unsafe: tuple[str, ...] = (),
+        rims: RimStore | None = None,
+        ocsp: OcspStore | None = None,
     ) -> None:
         self.instance = instance
         self.unsafe = unsafe
         self._anchors = anchors
         self._collateral = collateral
+        self._rims, self._ocsp = rims, ocsp
         self._core = Core(instance, clock)
         self.administration = Administration(self._core)
         self.count_failure = self._core.count_failure
@@ -118,6 +126,9 @@ class KeyBroker:
             anchors=self._anchors,
             collateral=self._collateral,
             now=core.clock(),
+            require_agreement=self._wants_agreement(),
+            rims=self._rims,
+            ocsp=self._ocsp,
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
@@ -215,6 +226,15 @@ class KeyBroker:
             self.count_failure("session")
             raise
 
+    def _wants_agreement(self) -> bool:
+        """Whether the policy in force demands that both TDX engines verify."""
+        try:
+            with self._core.database.read() as connection:
+                verification = current_policies(self._core.policies, connection).verification
+        except CaiError:
+            return True  # a damaged policy: the stricter reading
+        return verification is not None and verification.tdx.require_agreement
+
     def _consume(self, session: Session) -> None:
         core = self._core
         with core.database.write() as connection:
@@ -237,7 +257,10 @@ class KeyBroker:
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
             policies = Policies()
-        appraisal = policies.verification.appraise(facts) if policies.verification else None
+        verification = policies.verification
+        appraisal = (
+            verification.appraise(facts, now=self._core.clock()) if verification else None
+        )
         established = Established(facts, key, evidence, token="")
         claims = self._claims(session, established, policies, appraisal)
         return replace(established, token=token.sign_token(claims, self.instance.token_key))
@@ -251,7 +274,7 @@ class KeyBroker:
         request: str,
     ) -> Entry:
         policies = current_policies(self._core.policies, connection)
-        facts = established.facts
+        facts, now = established.facts, self._core.clock()
         verdict = decide(
             facts,
             resource=name,
@@ -259,7 +282,8 @@ class KeyBroker:
             verification=policies.verification,
             release=policies.release,
             claims=lambda checks: self._claims(session, established, policies, checks),
-            hardware=_hardware(facts),
+            hardware=hardware_identity(facts, now=now),
+            now=now,
         )
         verdict = verdict.extended((), unsafe=(*verdict.unsafe, *self.unsafe))
         return Entry(
@@ -313,13 +337,6 @@ class KeyBroker:
 def _guest(session: Session) -> dict[str, str]:
     return {"kind": "guest", "session": session.ref}
 
-
-def _hardware(facts: Facts) -> dict[str, str]:
-    devices = {
-        f"gpu.{place}": f"{device.hwmodel} {device.ueid}"
-        for place, device in enumerate(facts.devices)
-    }
-    return {"fmspc": facts.tdx.fmspc, "ppid": facts.tdx.ppid, **devices}
 
 
 def _reasons(verdict: Verdict) -> str:

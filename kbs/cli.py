@@ -59,6 +59,12 @@ def serve(
     collateral: Annotated[
         Path | None, typer.Option(help="Directory of Intel's collateral.")
     ] = None,
+    rims: Annotated[
+        Path | None, typer.Option(help="Directory of NVIDIA's reference measurements.")
+    ] = None,
+    ocsp: Annotated[
+        Path | None, typer.Option(help="Directory of NVIDIA's revocation answers.")
+    ] = None,
     unsafe_simulated_root: Annotated[
         Path | None,
         typer.Option(help="UNSAFE: trust this simulator instead of Intel and NVIDIA."),
@@ -93,7 +99,7 @@ def serve(
 
     run(
         ServeSettings(
-            data, listen, admin_listen, kek, collateral, unsafe_simulated_root
+            data, listen, admin_listen, kek, collateral, unsafe_simulated_root, rims, ocsp
         ),
         ready,
     )

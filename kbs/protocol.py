@@ -12,6 +12,8 @@ from hashlib import sha256
 from cai.attest.anchors import TrustAnchors
 from cai.attest.evidence import Evidence
 from cai.attest.facts import Facts
+from cai.attest.gpu.ocsp_store import OcspStore
+from cai.attest.gpu.rim_store import RimStore
 from cai.attest.rcar import (
     FLAT_VERSION,
     TEE,
@@ -107,6 +109,9 @@ def verify_attestation(
     anchors: TrustAnchors,
     collateral: CollateralStore,
     now: datetime,
+    require_agreement: bool = False,
+    rims: RimStore | None = None,
+    ocsp: OcspStore | None = None,
 ) -> Verified:
     """Verify the evidence of one session (spec-evidence §1).
 
@@ -117,6 +122,9 @@ def verify_attestation(
         anchors: the roots to trust.
         collateral: Intel's statements about platforms.
         now: the broker's clock.
+        require_agreement: both TDX engines must say the same.
+        rims: NVIDIA's reference measurements; ``None`` does not compare.
+        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
 
     Returns:
         Verdict and facts; evidence of a wrong form is a failed check, not an error.
@@ -153,6 +161,9 @@ def verify_attestation(
         anchors=anchors,
         collateral=collateral,
         now=now,
+        require_agreement=require_agreement,
+        rims=rims,
+        ocsp=ocsp,
     )
     checks = [fresh, check("rcar.form", passed=True), *verdict.checks]
     # (4) A simulated platform can never speak in the production realm, nor the other way round.

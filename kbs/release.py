@@ -8,6 +8,7 @@ that is not configured denies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from cai.attest.facts import Facts
@@ -26,6 +27,7 @@ def decide(
     release: ReleasePolicy | None,
     claims: Callable[[tuple[Check, ...]], dict[str, Any]],
     hardware: dict[str, str],
+    now: datetime,
 ) -> Verdict:
     """Decide one request.
 
@@ -37,6 +39,7 @@ def decide(
         release: layer 3; ``None`` when no policy is set.
         claims: makes the Rego input from the checks of layer 2.
         hardware: identity of the platform, for the record.
+        now: the broker's clock.
 
     Returns:
         The verdict; the resource may be given only if it passed.
@@ -53,7 +56,7 @@ def decide(
     ]
     # (2) Layer 2: the verification policy names this guest.
     checks.append(_present("policy.verification", verification is not None))
-    appraisal = verification.appraise(facts) if verification is not None else ()
+    appraisal = verification.appraise(facts, now=now) if verification is not None else ()
     checks += appraisal
     # (3) Layer 3: asked only when everything before it passed.
     checks.append(_present("policy.release", release is not None))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from cai.attest.anchors import simulated_anchors, vendor_anchors
+from cai.attest.gpu.ocsp_store import load_ocsp
+from cai.attest.gpu.rim_store import load_rims
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.errors import Interrupted, ListenerFailed, SettingError, UsageError
 from kbs.admin_app import admin_app
@@ -55,6 +57,8 @@ class ServeSettings:
         kek: key encryption key file; by default beside ``data``.
         collateral: directory of Intel collateral.
         unsafe_simulated_root: directory of a simulator's public parts; the simulated realm.
+        rims: directory of NVIDIA's reference measurements.
+        ocsp: directory of NVIDIA's revocation answers.
     """
 
     data: Path
@@ -63,6 +67,8 @@ class ServeSettings:
     kek: Path | None = None
     collateral: Path | None = None
     unsafe_simulated_root: Path | None = None
+    rims: Path | None = None
+    ocsp: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +104,17 @@ def open_broker(
     collateral = (
         CollateralStore.empty() if collateral_path is None else load_collateral(collateral_path)
     )
+    # What is missing in either is not asked; each policy decides whether that will do.
+    rims = None if settings.rims is None else load_rims(settings.rims, if_available=True)
+    ocsp = None if settings.ocsp is None else load_ocsp(settings.ocsp, if_available=True)
     instance = open_instance(
         settings.data, settings.kek or default_kek(settings.data), realm, now=clock()
     )
     unsafe = () if root is None else (UNSAFE_SIMULATED,)
     return KeyBroker(
-        instance, anchors=anchors, collateral=collateral, clock=clock, unsafe=unsafe
-    )
+        instance, anchors=anchors, collateral=collateral, clock=clock, unsafe=unsafe, rims=rims,
+        ocsp=ocsp,
+    )  # fmt: skip
 
 
 def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:

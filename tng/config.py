@@ -49,6 +49,8 @@ class BuiltinVerify:
     Attributes:
         policy: verification policy file (layer 2).
         collateral: TDX collateral; ``None`` has none.
+        rims: directory of NVIDIA's reference measurements; ``None`` does not compare.
+        ocsp: directory of NVIDIA's revocation answers; ``None`` does not ask.
         simulated_root: directory of ``unsafe_simulated_root``.
         expect: what this client pins beyond the policy.
     """
@@ -57,6 +59,8 @@ class BuiltinVerify:
     collateral: Path | None
     simulated_root: Path | None
     expect: Expectation
+    rims: Path | None = None
+    ocsp: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +320,8 @@ def _builtin(verify: Section) -> BuiltinVerify:
             else None
         ),
         expect=_expectation(expect) if expect else Expectation(),
+        rims=Path(verify.text("rims")) if verify.has("rims") else None,
+        ocsp=Path(verify.text("ocsp")) if verify.has("ocsp") else None,
     )
     verify.finish()
     return result

@@ -15,6 +15,8 @@ import httpx
 from cai import jcs
 from cai.attest.anchors import simulated_anchors, vendor_anchors
 from cai.attest.channel import MAX_GPU_AGE_S, ChannelEvidence, verify_channel
+from cai.attest.gpu.ocsp_store import load_ocsp
+from cai.attest.gpu.rim_store import load_rims
 from cai.attest.policy import VerificationPolicy
 from cai.attest.statement import ChannelStatement
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
@@ -70,6 +72,9 @@ class BuiltinJudge:
             if settings.collateral
             else CollateralStore.empty()
         )
+        # What is missing in either is not asked; the policy decides whether that will do.
+        self._rims = load_rims(settings.rims, if_available=True) if settings.rims else None
+        self._ocsp = load_ocsp(settings.ocsp, if_available=True) if settings.ocsp else None
 
     @property
     def key(self) -> str:
@@ -109,6 +114,8 @@ class BuiltinJudge:
             anchors=self._anchors,
             collateral=self._collateral,
             now=datetime.now(UTC),
+            rims=self._rims,
+            ocsp=self._ocsp,
         )
         if self.simulated and "unsafe_simulated_root" not in verdict.unsafe:
             return verdict.extended((), unsafe=("unsafe_simulated_root", *verdict.unsafe))

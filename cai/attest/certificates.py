@@ -61,13 +61,22 @@ def load_chain(pem: bytes, *, what: str) -> tuple[x509.Certificate, ...]:
     while match := _BLOCK.match(rest, position):
         if len(chain) == MAX_CERTIFICATES:
             raise LimitExceeded(f"{what}: more than {MAX_CERTIFICATES} certificates")
-        chain.append(_certificate(b"".join(match[1].split()), what=what))
+        chain.append(load_base64(b"".join(match[1].split()), what=what))
         position = match.end()
     if rest[position:].strip():
         raise FormatError(f"{what}: something other than PEM certificates at byte {position}")
     if not chain:
         raise FormatError(f"{what}: no certificate")
     return tuple(chain)
+
+
+def is_plain(pem: bytes, chain: Sequence[x509.Certificate]) -> bool:
+    """Whether a chain is written as encoders write it, so that no byte of it can be changed.
+
+    The line end after the last certificate may be missing, and one NUL may follow.
+    """
+    plain = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)
+    return pem.removesuffix(b"\x00") in (plain, plain[:-1])
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -96,7 +105,10 @@ def organisations(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(str(name.value) for name in names)
 
 
-def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetime) -> None:
+def verify_chain(
+    chain: Sequence[x509.Certificate], *, root: bytes, now: datetime,
+    issued: set[tuple[x509.Certificate, x509.Certificate]] | None = None,
+) -> None:  # fmt: skip
     """Verify a chain, leaf first, whose last member must be the pinned root.
 
     Steps (spec-evidence §4.3): (a) the last certificate is the pinned root, byte for byte; (b) each
@@ -108,6 +120,8 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetim
         chain: two or more certificates.
         root: DER of the pinned root.
         now: time of the verification, timezone-aware.
+        issued: certificates with their issuers whose signatures are known to hold; what is found
+            to hold is added. Devices of one list share most of their chains.
 
     Raises:
         EvidenceRefused: naming the first certificate that fails.
@@ -124,11 +138,14 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: datetim
         # (c)
         issuer = chain[min(place + 1, len(chain) - 1)]
         try:
-            certificate.verify_directly_issued_by(issuer)
+            if issued is None or (certificate, issuer) not in issued:
+                certificate.verify_directly_issued_by(issuer)
         except LIBRARY_ERRORS as error:
             raise EvidenceRefused(
                 f"{_title(certificate)} is not signed by {_title(issuer)}"
             ) from error
+        if issued is not None:
+            issued.add((certificate, issuer))
         # (d) and (e)
         try:
             _check_extensions(certificate, place)
@@ -158,7 +175,12 @@ def _check_extensions(certificate: x509.Certificate, place: int) -> None:
         raise EvidenceRefused(f"{_title(certificate)}: path length {path_length} is exceeded")
 
 
-def _certificate(text: bytes, *, what: str) -> x509.Certificate:
+def load_base64(text: bytes, *, what: str) -> x509.Certificate:
+    """One certificate from the base64 of its DER, without white space.
+
+    Raises:
+        FormatError: not base64, not its own re-encoding, or not a certificate.
+    """
     try:
         der = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -171,11 +193,29 @@ def _certificate(text: bytes, *, what: str) -> x509.Certificate:
         certificate.subject, certificate.issuer  # noqa: B018
         certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
         serial = certificate.serial_number
+        whole = der.endswith(whole_bit_string(certificate.signature))
     except LIBRARY_ERRORS as error:
         raise FormatError(f"{what}: not a certificate ({error})") from error
+    if not whole:
+        raise FormatError(f"{what}: the certificate does not end in its signature, bit for bit")
     if serial <= 0:
         raise FormatError(f"{what}: a certificate's serial number is not positive")
     return certificate
+
+
+def whole_bit_string(content: bytes) -> bytes:
+    """DER of a BIT STRING that has no unused bits.
+
+    The library does not say how many bits of a signature are declared unused, which the signature
+    itself does not cover; so the encoding is compared with this.
+    """
+    size = len(content) + 1
+    if size < 0x80:
+        head = bytes((size,))
+    else:
+        width = (size.bit_length() + 7) // 8
+        head = bytes((0x80 | width,)) + size.to_bytes(width, "big")
+    return b"\x03" + head + b"\x00" + content
 
 
 def _title(certificate: x509.Certificate) -> str:

@@ -21,6 +21,8 @@ from cai import jcs, merkle
 from cai.attest.anchors import TrustAnchors
 from cai.attest.evidence import DeviceEvidence, Evidence
 from cai.attest.facts import Facts
+from cai.attest.gpu.ocsp_store import OcspStore
+from cai.attest.gpu.rim_store import RimStore
 from cai.attest.policy import VerificationPolicy
 from cai.attest.statement import ChannelStatement, Purpose, report_data
 from cai.attest.tdx.collateral import CollateralStore
@@ -167,6 +169,8 @@ def verify_channel(
     anchors: TrustAnchors,
     collateral: CollateralStore,
     now: datetime,
+    rims: RimStore | None = None,
+    ocsp: OcspStore | None = None,
 ) -> tuple[Verdict, Facts | None]:
     """Verify a prover's evidence for one session (spec-channel §5).
 
@@ -179,6 +183,8 @@ def verify_channel(
         anchors: trusted roots.
         collateral: TDX collateral.
         now: time of verification.
+        rims: NVIDIA's reference measurements; ``None`` does not compare.
+        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
 
     Returns:
         The verdict with every check, and the facts when it passed.
@@ -199,6 +205,9 @@ def verify_channel(
         anchors=anchors,
         collateral=collateral,
         now=now,
+        require_agreement=policy.tdx.require_agreement,
+        rims=rims,
+        ocsp=ocsp,
     )
     # Step 6: the reports are the ones that the statement names, and recent.
     bound += _gpu_checks(statement, evidence)
@@ -206,7 +215,7 @@ def verify_channel(
     if facts is not None:
         # Step 7: the owner's policy. The quote binds the statement, so its words are facts now.
         facts = facts.with_statement(statement)
-        verdict = policy.apply(verdict, facts)
+        verdict = policy.apply(verdict, facts, now=now)
     # Step 8: what this client expects.
     verdict = verdict.extended(_expect_checks(statement, expect))
     return verdict, facts if verdict.passed else None

@@ -20,6 +20,11 @@ from cai.settings import Section
 MAX_FACTS = 512 * 1024
 """Largest JSON of facts that is worth storing, bytes; 16 devices stay below it."""
 
+EVENT_MEMBERS = {
+    "index", "type_name", "event", "digests", "digest_matches_event", "details",
+}  # fmt: skip
+"""Members of one claim of an event log."""
+
 CPU = "cpu0"
 """Trustee's name of the CPU submodule of a token."""
 
@@ -41,8 +46,11 @@ class TdxFacts:
         ppid: identity of the processor package, 32 hex digits.
         eval_data_number: generation of the TCB information used.
         collateral_expires: RFC 3339 time at which the first part of the collateral expires.
+        collateral_issued: RFC 3339 time at which Intel signed the older of TCB information and
+            QE identity.
         platform_instance_id: identity of the platform as registered with Intel; empty if none.
         pck_flags: ``dynamic_platform``, ``cached_keys``, ``smt_enabled``: true, false, undefined.
+        engines: the verification engines that said all of this.
     """
 
     header: Mapping[str, str]
@@ -57,6 +65,8 @@ class TdxFacts:
     collateral_expires: str
     platform_instance_id: str = ""
     pck_flags: Mapping[str, str] = field(default_factory=dict)
+    collateral_issued: str = ""
+    engines: tuple[str, ...] = ("dcap-qvl",)
 
     def attribute(self, bit: int) -> bool:
         """One bit of td_attributes (a 64-bit little-endian integer)."""
@@ -80,6 +90,7 @@ class TdxFacts:
             # Expired collateral never verifies here; Trustee spells "fresh" as the string "0".
             "collateral_expiration_status": "0",
             "earliest_expiration_date": self.collateral_expires,
+            "earliest_issue_date": self.collateral_issued,
             "tcb_eval_num": self.eval_data_number,
             "fmspc": self.fmspc,
             "ppid": self.ppid,
@@ -92,16 +103,24 @@ class TdxFacts:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What one verified GPU report says.
+    """What the verified report of one GPU or NVSwitch says.
 
     Attributes:
-        arch: ``HOPPER`` or ``BLACKWELL``, as the certificate has it.
+        arch: ``HOPPER``, ``BLACKWELL``, or ``LS10`` for a switch, as the certificate has it.
         hwmodel: common name of the certificate above the leaf, e.g. ``GH100 A01 GSP BROM``.
         ueid: serial number of the leaf, decimal, as NVIDIA spells it.
-        driver_version: e.g. ``580.95.05``.
+        driver_version: e.g. ``580.95.05``; empty for a switch.
         vbios_version: e.g. ``96.00.74.00.1A``.
-        fwid: digest of the firmware that holds the signing key, 96 hex digits.
+        fwid: digest of the firmware that holds the signing key, 96 hex digits; empty when the
+            report does not name it.
         measurements: block index, decimal, to digest in hex.
+        mode: feature flag, decimal; empty when the report has none. ``2`` is a member of a
+            complete protected-PCIe system.
+        rims: role (``driver``, ``vbios``, ``switch``) to the SHA-256 of the reference file with
+            which every active measurement was equal; empty when none was compared.
+        rim_expires: RFC 3339 time at which the first of these files expires.
+        ocsp_produced: RFC 3339 ``thisUpdate`` of the oldest answer about the certificates behind
+            this device and its reference files; empty when revocation was not asked for all.
     """
 
     arch: str
@@ -111,6 +130,15 @@ class DeviceFacts:
     vbios_version: str
     fwid: str
     measurements: Mapping[str, str]
+    mode: str = ""
+    rims: Mapping[str, str] = field(default_factory=dict)
+    rim_expires: str = ""
+    ocsp_produced: str = ""
+
+    @property
+    def is_switch(self) -> bool:
+        """An NVSwitch, which no count of GPUs includes."""
+        return self.arch == "LS10"
 
     def claims(self) -> dict[str, object]:
         """The facts as Trustee's local ``nvidia`` claims, with model and identity beside them."""
@@ -139,6 +167,10 @@ class Facts:
         launch_digest: from a statement whose binding is verified; empty before.
         guest: guest facts from that statement.
         models: what a channel statement says is served.
+        runtime_events: what extended RTMR3, in order, from an event log that replays to all four
+            registers; ``None`` when there was no log.
+        event_claims: that log as Trustee's ``uefi_event_logs``; ``None`` without one, or when it
+            is too long to be carried.
     """
 
     tdx: TdxFacts
@@ -148,6 +180,8 @@ class Facts:
     launch_digest: str = ""
     guest: Mapping[str, str] = field(default_factory=dict)
     models: tuple[ServedModel, ...] = ()
+    runtime_events: tuple[str, ...] | None = None
+    event_claims: tuple[Mapping[str, object], ...] | None = None
 
     def with_statement(self, statement: ReleaseStatement | ChannelStatement) -> Facts:
         """These facts with what a statement adds.
@@ -172,6 +206,8 @@ class Facts:
             "launch_digest": self.launch_digest,
             "guest": dict(self.guest),
             "models": [model.to_json() for model in self.models],
+            "runtime_events": _listed(self.runtime_events),
+            "event_claims": _listed(self.event_claims),
         }
 
     @classmethod
@@ -193,8 +229,11 @@ class Facts:
             ``cpu0`` first, then ``gpu0`` and so on. ``cpu0`` also has a member ``cai`` with what
             only our own statement says.
         """
+        tdx = self.tdx.claims()
+        if self.event_claims is not None:
+            tdx["uefi_event_logs"] = list(self.event_claims)
         cpu: dict[str, object] = {
-            "tdx": self.tdx.claims(),
+            "tdx": tdx,
             "report_data": self.tdx.body["report_data"],
             "init_data": self.tdx.body["mr_config_id"],
             "cai": {
@@ -202,8 +241,9 @@ class Facts:
                 "launch_digest": self.launch_digest,
                 "guest": dict(self.guest),
                 "gpu_digest": self.gpu_digest,
-                "gpu_count": len(self.devices),
+                "gpu_count": sum(not device.is_switch for device in self.devices),
                 "models": [model.to_json() for model in self.models],
+                "runtime_events": _listed(self.runtime_events),
             },
         }
         devices: list[tuple[str, dict[str, object]]] = [
@@ -211,6 +251,10 @@ class Facts:
             for place, device in enumerate(self.devices)
         ]
         return [(CPU, cpu), *devices]
+
+
+def _listed(items: tuple[Any, ...] | None) -> list[Any] | None:
+    return None if items is None else list(items)
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
@@ -233,9 +277,22 @@ def _facts(section: Section) -> Facts:
         launch_digest=section.text("launch_digest"),
         guest=_texts(section, "guest"),
         models=tuple(_model(item) for item in _list(section, "models")),
+        runtime_events=(
+            tuple(section.texts("runtime_events")) if section.has("runtime_events") else None
+        ),
+        event_claims=_events(section),
     )
     section.finish()
     return facts
+
+
+def _events(section: Section) -> tuple[dict[str, object], ...] | None:
+    if not section.has("event_claims"):
+        return None
+    events = _list(section, "event_claims")
+    if not all(isinstance(item, dict) and set(item) == EVENT_MEMBERS for item in events):
+        raise FormatError(f"{section.where}: event_claims must be a list of events")
+    return tuple(events)
 
 
 def _tdx(section: Section) -> TdxFacts:
@@ -254,6 +311,8 @@ def _tdx(section: Section) -> TdxFacts:
         collateral_expires=section.text("collateral_expires"),
         platform_instance_id=section.text("platform_instance_id"),
         pck_flags=_texts(section, "pck_flags"),
+        collateral_issued=section.text("collateral_issued"),
+        engines=tuple(section.texts("engines")),
     )
     section.finish()
     return facts
@@ -269,6 +328,10 @@ def _device(value: Any) -> DeviceFacts:
         vbios_version=section.text("vbios_version"),
         fwid=section.text("fwid"),
         measurements=_texts(section, "measurements"),
+        mode=section.text("mode"),
+        rims=_texts(section, "rims"),
+        rim_expires=section.text("rim_expires"),
+        ocsp_produced=section.text("ocsp_produced"),
     )
     section.finish()
     return facts

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cai.errors import UsageError
 from cai.terminal import JsonFlag, Terminal, current
 
 if TYPE_CHECKING:
@@ -36,6 +35,9 @@ def up(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", help="Where the sockets are made (mode 0700).")
     ] = Path("/run/cai"),
+    gpu: Annotated[
+        bool, typer.Option("--gpu/--no-gpu", help="Collect evidence of the GPUs as well.")
+    ] = True,
     unsafe_simulated_tee: Annotated[
         Path | None,
         typer.Option(help="Platform directory of a simulated TEE. Proves nothing about hardware."),
@@ -49,6 +51,7 @@ def up(
     json_output: JsonFlag = False,
 ) -> None:
     """Attest, fetch the key, mount the model and prove every session, in the foreground."""
+    from cai.cli.simulated_tee import open_simulated_tee
     from cai.host.agent import Agent
     from cai.host.keeper import HostPlan
     from cai.host.keeper import up as bring_up
@@ -60,10 +63,14 @@ def up(
     settings = load_host_settings(env)
     document = parse_launch(read_settings_file(launch, what="launch file")[: MAX_LAUNCH + 1])
     document.require_settings(settings)
-    source, devices = _simulated_tee(
-        terminal, unsafe_simulated_tee, unsafe_simulated_image, document,
-        debug=unsafe_simulated_debug,
-    )
+    if unsafe_simulated_tee is None:
+        source, devices = _real_tee(terminal, document, gpu=gpu)
+    else:
+        tee = open_simulated_tee(
+            terminal, unsafe_simulated_tee, image=unsafe_simulated_image,
+            launch=document.encoded, debug=unsafe_simulated_debug,
+        )
+        source, devices = tee.source, tee.devices
     agent = Agent(launch=document, source=source, gpus=devices)
     plan = HostPlan(settings=settings, agent=agent, model=model, run_dir=run_dir)
 
@@ -79,21 +86,23 @@ def up(
     asyncio.run(bring_up(plan, ready))
 
 
-def _simulated_tee(
-    terminal: Terminal, directory: Path | None, image: str, launch: Launch, *, debug: bool
+def _real_tee(
+    terminal: Terminal, launch: Launch, *, gpu: bool
 ) -> tuple[QuoteSource, DeviceSource]:
-    if directory is None:
-        raise UsageError(
-            "this version collects evidence from a simulated TEE only",
-            hint="--unsafe-simulated-tee DIR (made by `python -m cai.attest.sim create`)",
-        )
-    # Deferred: production images delete the simulator.
-    from cai.attest.sim import GuestSettings, SimulatedPlatform
+    """This machine: measure the launch, verify the GPUs here, and only then open them."""
+    from datetime import UTC, datetime
+
+    from cai.attest.anchors import vendor_anchors
+    from cai.attest.gpu.collect import NoDevices, NvidiaDevices
+    from cai.attest.self_check import admit_devices
+    from cai.attest.tdx.collect import TdxGuest
     from cai.attest.tdx.runtime_events import launch_events
 
-    terminal.warn("SIMULATED TEE: this evidence proves nothing about any hardware")
-    platform = SimulatedPlatform.load(directory)
-    guest = platform.guest(
-        GuestSettings(image=image, debug=debug, rtmr3_events=launch_events(launch.encoded))
-    )
-    return guest, platform.devices()
+    guest = TdxGuest()
+    guest.measure_launch(launch_events(launch.encoded))
+    if not gpu:
+        terminal.warn("no GPU evidence is collected (--no-gpu); a policy may demand it")
+        return guest, NoDevices()
+    devices = NvidiaDevices()
+    admit_devices(devices, anchors=vendor_anchors(), now=datetime.now(UTC))
+    return guest, devices

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tomllib
 from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.attest.facts import DeviceFacts, Facts, TdxFacts
-from cai.attest.policy import Profile, VerificationPolicy, policy_for
+from cai.attest.policy import Profile, VerificationPolicy, policy_for, policy_from
+from cai.attest.reference import measurements_of, parse_measurements, release_rego
 from cai.attest.verdict import Outcome, Verdict, check
 from cai.errors import CaiError, FormatError, LimitExceeded, SettingError
 
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
 BODY = {
     "tcb_svn": "06010300" + "00" * 12, "mr_seam": "aa" * 48, "mrsigner_seam": "00" * 48,
     "seam_attributes": "00" * 8, "td_attributes": "0000001000000000", "xfam": "e702060000000000",
@@ -29,10 +33,12 @@ BODY = {
 TDX = TdxFacts(
     header={}, body=BODY, debug=False, tcb_status="UpToDate", tcb_date="2025-05-14T00:00:00Z",
     advisory_ids=("INTEL-SA-2",), fmspc="b0c06f000000", ppid="81" * 16, eval_data_number=19,
-    collateral_expires="2026-12-20T00:00:00Z",
+    collateral_expires="2026-12-20T00:00:00Z", collateral_issued="2026-11-20T00:00:00Z",
 )  # fmt: skip
 DEVICE = DeviceFacts(
-    "HOPPER", "GH100 A01 GSP BROM", "4711", "580.95.05", "96.00.74.00.1A", "fe" * 48, {}
+    "HOPPER", "GH100 A01 GSP BROM", "4711", "580.95.05", "96.00.74.00.1A", "fe" * 48, {},
+    rims={"driver": "d1" * 32, "vbios": "0b" * 32}, rim_expires="2027-01-01T00:00:00Z",
+    ocsp_produced="2026-11-30T22:00:00Z",
 )
 GUEST = {
     "profile": "operated", "launched_by": "agent", "cc_feature": "on", "devtools": "off",
@@ -62,7 +68,7 @@ def line(name: str) -> str:
 
 
 def failed(policy: VerificationPolicy, facts: Facts = FACTS) -> set[str]:
-    return {item.name for item in policy.appraise(facts) if item.outcome is Outcome.FAIL}
+    return {item.name for item in policy.appraise(facts, now=NOW) if item.outcome is Outcome.FAIL}
 
 
 def with_body(**fields: str) -> Facts:
@@ -152,7 +158,7 @@ def test_required_measurements_have_no_default(name: str) -> None:
     assert loosened.unsafe == (f"tdx.unsafe_any_{name}",)
     field = {"mr_td": "mr_td", "xfam": "xfam"}.get(name, f"rtmr_{name[-1]}")
     assert failed(loosened, with_body(**{field: "5a" * (len(BODY[field]) // 2)})) == set()
-    outcomes = {item.name: item.outcome for item in loosened.appraise(FACTS)}
+    outcomes = {item.name: item.outcome for item in loosened.appraise(FACTS, now=NOW)}
     assert outcomes[f"tdx.{name}"] is Outcome.NOT_ASKED
     with pytest.raises(SettingError, match="contradict"):
         parse(edited((line(name), f"{line(name)}\nunsafe_any_{name} = true")))
@@ -323,12 +329,12 @@ def test_the_documented_example_is_a_policy() -> None:
 def test_apply_extends_a_verdict() -> None:
     verdict = Verdict("guest", (check("tdx.genuine", passed=True),), residual_risks=("first",))
     policy = parse(edited((line("rtmr3"), "unsafe_any_rtmr3 = true")))
-    judged = policy.apply(verdict, FACTS)
+    judged = policy.apply(verdict, FACTS, now=NOW)
     assert judged.passed
     assert judged.unsafe == ("tdx.unsafe_any_rtmr3",)
     assert judged.residual_risks[0] == "first"
     assert any("unsafe_any_rtmr3" in risk for risk in judged.residual_risks)
-    assert not policy.apply(verdict, with_body(mr_td="12" * 48)).passed
+    assert not policy.apply(verdict, with_body(mr_td="12" * 48), now=NOW).passed
 
 
 def test_policy_for_needs_profile_and_launch() -> None:
@@ -362,3 +368,218 @@ def test_altered_policies_leak_nothing(at: int, patch: str, cut: int) -> None:
     with contextlib.suppress(CaiError):
         policy = parse(altered)
         assert policy.unsafe == ()
+
+
+# Exceptions, ages, platforms.
+
+
+def exception(expires: str = "2026-12-31T00:00:00Z", *, status: str = "OutOfDate",
+              advisories: str = '"INTEL-SA-2", "INTEL-SA-3"') -> str:  # fmt: skip
+    table = (f'[[tdx.exception]]\nstatus = "{status}"\nadvisories = [{advisories}]\n'
+             f'expires = "{expires}"\n')  # fmt: skip
+    return edited(("[gpu]", f"{table}\n[gpu]"))
+
+
+def test_a_dated_exception() -> None:
+    policy = parse(exception())
+    behind = with_tdx(tcb_status="OutOfDate")
+    assert failed(policy) == failed(policy, behind) == set()
+    assert failed(policy, with_tdx(tcb_status="SWHardeningNeeded")) == {"tdx.tcb_status"}
+    more = with_tdx(tcb_status="OutOfDate", advisory_ids=("INTEL-SA-2", "INTEL-SA-9"))
+    assert failed(policy, more) == {"tdx.tcb_status"}
+    over = datetime(2027, 1, 1, tzinfo=UTC)
+    late = {item.name for item in policy.appraise(behind, now=over)
+            if item.outcome is Outcome.FAIL}  # fmt: skip
+    assert "tdx.tcb_status" in late
+    assert policy.unsafe == ("tdx.exception",)
+    assert any("OutOfDate" in risk and "2026-12-31" in risk for risk in policy.residual_risks)
+
+
+def test_a_denied_advisory_stands_above_an_exception() -> None:
+    text = exception().replace("tcb_status =", 'advisories_denied = ["INTEL-SA-2"]\ntcb_status =')
+    assert failed(parse(text), with_tdx(tcb_status="OutOfDate")) == {"tdx.advisories"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        exception(status="Revoked"), exception(status=""), exception("2026-12-31"),
+        exception("2026-12-31T00:00:00"), exception("never"), exception("0000-00-00T00:00:00Z"),
+        exception(advisories="1"), exception().replace("expires", "until"),
+        exception().replace('expires = "2026-12-31T00:00:00Z"\n', ""),
+        exception().replace("[[tdx.exception]]", "[tdx.exception]"),
+        edited(("[gpu]", "exception = 1\n[gpu]")), edited(("[gpu]", "exception = [1]\n[gpu]")),
+        edited(("[gpu]", '[[tdx.exception]]\nstatus = "OutOfDate"\nadvisories = []\n'
+                'expires = "2027-01-01T00:00:00Z"\n' * 17 + "[gpu]")),
+    ],
+)  # fmt: skip
+def test_malformed_exceptions(text: str) -> None:
+    with pytest.raises(CaiError):
+        parse(text)
+
+
+def with_tdx_line(text: str) -> VerificationPolicy:
+    return parse(edited(("[gpu]", f"{text}\n[gpu]")))
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "name"),
+    [
+        ("max_collateral_age_days = 11", with_tdx(collateral_issued="2026-11-19T00:00:00Z"),
+         "tdx.collateral_age"),
+        ("max_collateral_age_days = 11", with_tdx(collateral_issued=""), "tdx.collateral_age"),
+        ('min_tcb_date = "2025-05-14T00:00:00Z"', with_tdx(tcb_date="2024-03-13T00:00:00Z"),
+         "tdx.tcb_date"),
+        ('min_tcb_date = "2025-05-14T00:00:00Z"', with_tdx(tcb_date="?"), "tdx.tcb_date"),
+        (f'platform_instance_id = ["{"00" * 16}"]', FACTS, "tdx.platform_instance_id"),
+        ('platform_flags_denied = ["smt_enabled"]', FACTS, "tdx.platform_flags"),
+        ('platform_flags_denied = ["smt_enabled"]', with_tdx(pck_flags={"smt_enabled": "true"}),
+         "tdx.platform_flags"),
+        ("require_agreement = true", FACTS, "tdx.engines"),
+        ("require_event_log = true", FACTS, "tdx.event_log_given"),
+    ],
+)  # fmt: skip
+def test_further_demands(text: str, facts: Facts, name: str) -> None:
+    assert failed(with_tdx_line(text), facts) == {name}
+
+
+def test_further_demands_are_met() -> None:
+    policy = with_tdx_line(
+        'max_collateral_age_days = 11\nmin_tcb_date = "2025-05-14T00:00:00Z"\n'
+        f'platform_instance_id = ["{"1d" * 16}"]\nplatform_flags_denied = ["smt_enabled"]\n'
+        "require_agreement = true\nrequire_event_log = true"
+    )
+    facts = with_tdx(
+        platform_instance_id="1d" * 16, pck_flags={"smt_enabled": "false"},
+        engines=("dcap-qvl", "pure"),
+    )  # fmt: skip
+    assert failed(policy, replace(facts, runtime_events=())) == set()
+    assert policy.tdx.require_agreement
+
+
+BY_EVENTS = edited((line("rtmr3"), 'rtmr3_events = "launch-ready"'))
+
+
+def events(*texts: str) -> Facts:
+    return replace(FACTS, runtime_events=texts)
+
+
+def test_rtmr3_by_its_events() -> None:
+    policy = parse(BY_EVENTS)
+    assert policy.unsafe == ()
+    good = events(f"cai launch {'ab' * 48}", "cai ready")
+    assert failed(policy, good) == set()
+    # The value itself is free: it is the events' hash, which the event log check compared.
+    other = replace(good, tdx=replace(TDX, body={**BODY, "rtmr_3": "99" * 48}))
+    assert failed(policy, other) == set()
+    # A guest without a statement: the measured event says what was launched.
+    bare = replace(good, launch_digest="")
+    assert failed(policy, bare) == set()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        FACTS, events(), events("cai ready"), events(f"cai launch {'ab' * 48}"),
+        events(f"cai launch {'ab' * 48}", "cai ready", "more"),
+        events(f"cai launch {'ab' * 48}", f"cai launch {'ab' * 48}", "cai ready"),
+        events(f"cai launch {'cd' * 48}", "cai ready"),
+    ],
+)  # fmt: skip
+def test_other_events_are_refused(facts: Facts) -> None:
+    assert failed(parse(BY_EVENTS), facts) == {"tdx.rtmr3"}
+
+
+def test_a_stated_launch_must_be_the_measured_one() -> None:
+    text = BY_EVENTS.replace(line("launch_digest"), "unsafe_any_launch_digest = true")
+    policy = parse(text)
+    assert failed(policy, events(f"cai launch {'cd' * 48}", "cai ready")) == {"tdx.rtmr3"}
+    assert failed(policy, events(f"cai launch {'ab' * 48}", "cai ready")) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['rtmr3_events = "any"', "rtmr3_events = true",
+     line("rtmr3") + '\nrtmr3_events = "launch-ready"',
+     'unsafe_any_rtmr3 = true\nrtmr3_events = "launch-ready"'],
+)  # fmt: skip
+def test_rtmr3_is_asked_for_once(text: str) -> None:
+    with pytest.raises(SettingError):
+        parse(edited((line("rtmr3"), text)))
+
+
+def test_switches_are_not_counted() -> None:
+    switch = replace(DEVICE, arch="LS10", driver_version="", ueid="9")
+    both = replace(FACTS, devices=(DEVICE, switch))
+    assert failed(parse(EXACT), both) == set()
+    assert failed(parse(policy_for(both))) == set()
+
+
+# Reference texts.
+
+
+def measurements(**changes: object) -> bytes:
+    value: dict[str, object] = {
+        "profile": "sealed", "launch_digest": ["ab" * 48], "mr_td": ["11" * 48, "12" * 48],
+        **{f"rtmr{place}": [f"2{place}" * 48] for place in range(3)}, "rtmr3_events": True,
+        "xfam": ["e702060000000000"], "gpu": {"count": 1, "architectures": ["HOPPER"]}, **changes,
+    }  # fmt: skip
+    return json.dumps({name: item for name, item in value.items() if item is not None}).encode()
+
+
+def test_a_policy_from_a_build() -> None:
+    found = parse_measurements(measurements(), where="m.json")
+    policy = parse(policy_from(found))
+    assert policy.unsafe == ()
+    assert policy.profile is Profile.SEALED
+    guest = events(f"cai launch {'ab' * 48}", "cai ready")
+    launched_by = replace(guest, guest={**GUEST, "profile": "sealed", "launched_by": "launcher"})
+    assert failed(policy, launched_by) == set()
+    assert failed(policy, replace(launched_by, devices=())) >= {"gpu.count"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mr_td": None}, {"mr_td": []}, {"mr_td": ["zz"]}, {"rtmr0": None}, {"xfam": None},
+        {"profile": None}, {"profile": "open"}, {"launch_digest": None}, {"more": 1},
+        {"gpu": {}}, {"gpu": {"count": 17}}, {"gpu": {"count": 1, "more": 1}}, {"gpu": []},
+        {"rtmr3_events": None}, {"rtmr3_events": False},
+        {"gpu": {"count": 1, "driver_versions": ['1"]\nunsafe_any_count = true #']}},
+    ],
+)  # fmt: skip
+def test_malformed_measurements(changes: dict[str, object]) -> None:
+    with pytest.raises(CaiError):
+        policy_from(parse_measurements(measurements(**changes), where="m.json"))
+
+
+def allowed(rego: str, facts: Facts, path: tuple[str, ...] = ("a", "b", "c")) -> bool:
+    import regopy
+
+    submods = {
+        name: {"ear.status": "affirming", "ear.veraison.annotated-evidence": claims}
+        for name, claims in facts.claims()
+    }
+    data = {"plugin": "resource", "resource-path": list(path), "query": {}}
+    engine = regopy.Interpreter()
+    engine.add_module("policy", rego)
+    engine.add_data_json(json.dumps(data))
+    engine.set_input_term(json.dumps({"submods": submods}))
+    results = engine.query("answer = data.policy.allow").results
+    return [result.bindings["answer"] for result in results] == [True]
+
+
+def test_the_rego_accepts_exactly_the_guest() -> None:
+    rego = release_rego(measurements_of(FACTS), resource="a/b/c")
+    assert allowed(rego, FACTS)
+    assert not allowed(rego, FACTS, ("a", "b", "d"))
+    for name, item in BODY.items():
+        if name in ("mr_td", "rtmr_0", "rtmr_3", "xfam", "td_attributes", "mr_config_id"):
+            assert not allowed(rego, with_body(**{name: "5a" * (len(item) // 2)})), name
+    assert not allowed(rego, with_tdx(tcb_status="OutOfDate"))
+    assert not allowed(rego, replace(FACTS, launch_digest="cd" * 48))
+    assert not allowed(rego, replace(FACTS, devices=()))
+    assert allowed(release_rego(measurements_of(FACTS)), FACTS, ("x", "y", "z"))
+    for bad in ("a/b", "a/b/c/d", "a//c", 'a/b/"', "a/b/c\n"):
+        with pytest.raises(SettingError):
+            release_rego(measurements_of(FACTS), resource=bad)

@@ -12,9 +12,10 @@ import pytest
 from cai.attest.anchors import TrustAnchors, simulated_anchors, vendor_anchors
 from cai.attest.evidence import Evidence
 from cai.attest.facts import Facts
+from cai.attest.gpu.verify import RISK_RIM
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.attest.verdict import Outcome, Verdict
-from cai.attest.verify import RISK_RIM, RISK_SIMULATED, verify_evidence
+from cai.attest.verify import RISK_SIMULATED, verify_evidence
 from cai.errors import EvidenceRefused
 
 if TYPE_CHECKING:
@@ -77,19 +78,20 @@ def test_good_evidence(desk: Desk) -> None:
 def test_check_names_are_stable_and_unique(desk: Desk) -> None:
     verdict, _ = desk.verify()
     found = [item.name for item in verdict.checks]
-    device = ["report", "chain", "nonce", "nvdec", "versions", "signature", "fwid", "arch"]
+    device = ["report", "chain", "nonce", "nvdec", "versions", "signature", "fwid", "arch",
+              "rim", "ocsp"]  # fmt: skip
     assert found == [
         "tdx.tee_type", "tdx.framing", "tdx.report_data", "tdx.debug", "tdx.attributes",
         "tdx.service_td", "tdx.root", "tdx.collateral", "tdx.genuine", "tdx.parse_agreement",
-        "tdx.event_log", "gpu.devices", *(f"gpu.0.{name}" for name in device),
-        *(f"gpu.1.{name}" for name in device), "gpu.distinct", "gpu.mode", "gpu.rim", "gpu.ocsp",
+        "tdx.second_engine", "tdx.event_log", "gpu.devices", *(f"gpu.0.{name}" for name in device),
+        *(f"gpu.1.{name}" for name in device), "gpu.distinct", "gpu.mode", "gpu.topology",
     ]
 
 
 def test_what_is_not_checked_is_said(desk: Desk) -> None:
     verdict, _ = desk.verify()
     not_asked = {item.name for item in verdict.checks if item.outcome is Outcome.NOT_ASKED}
-    assert {"gpu.rim", "gpu.ocsp", "tdx.event_log"} <= not_asked
+    assert {"gpu.0.rim", "gpu.1.ocsp", "gpu.topology", "tdx.event_log"} <= not_asked
 
 
 def test_without_devices(desk: Desk) -> None:
@@ -139,3 +141,16 @@ def test_garbage(desk: Desk) -> None:
         verdict, facts = desk.verify(Evidence(garbage, (broken,)))
         assert facts is None
         assert {"tdx.framing", "gpu.0.report", "gpu.0.chain"} <= names(verdict)
+
+
+def test_a_refusal_names_the_machine(desk: Desk) -> None:
+    good, _ = desk.verify()
+    refused, facts = desk.verify(report_data=bytes(64))
+    assert facts is None
+    assert names(refused) == {"tdx.report_data"}
+    for name in ("fmspc", "ppid", "tcb_date", "advisories", "collateral_age"):
+        assert refused.hardware[name] == good.hardware[name]
+    altered = replace(desk.evidence, quote=desk.evidence.quote[:300] + b"\xff" * 8
+                      + desk.evidence.quote[308:])  # fmt: skip
+    forged, _ = desk.verify(altered)
+    assert forged.hardware == {}

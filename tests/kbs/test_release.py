@@ -37,8 +37,10 @@ def test_a_guest_that_proves_itself_gets_the_key(allowed: Site, visitor: Visitor
     assert row["decision"] == "allow"
     assert row["served"] == 1
     assert row["simulated"] is True
-    assert row["unsafe"] == ["unsafe_simulated_root"]
-    assert set(row["hardware"]) == {"fmspc", "ppid", "gpu.0"}
+    assert row["unsafe"] == [
+        "gpu.unsafe_without_rim", "gpu.unsafe_without_ocsp", "unsafe_simulated_root",
+    ]  # fmt: skip
+    assert row["hardware"]["ppid"]
     assert set(row["policies"]) == {"release", "verification"}
     assert len(row["evidence"]["quote_sha256"]) == 64
     assert not failed(row)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
 
 from cai.attest.certificates import LIBRARY_ERRORS, common_name
 from cai.errors import FormatError
@@ -15,8 +16,14 @@ from cai.errors import FormatError
 MIN_CHAIN = 3
 """Fewest certificates: leaf, the boot ROM above it, root."""
 
-ARCHITECTURES = {"GH1": "HOPPER", "GB1": "BLACKWELL", "GB2": "BLACKWELL", "LS_": "LS10"}
-"""Architecture by the first characters of the boot ROM certificate's common name."""
+SWITCH = "LS10"
+"""Architecture of NVSwitches; every other one is a GPU's."""
+
+ARCHITECTURES = {
+    "GH1": "HOPPER", "GB1": "BLACKWELL", "GB2": "BLACKWELL", "LS_": SWITCH, "LS1": SWITCH,
+}  # fmt: skip
+"""Architecture by the first characters of a chip's name, as the common name above a leaf has it
+(``GH100``, ``LS_10``) and as reference files have it (``GH100``, ``LS10``)."""
 
 OID_FWID = x509.ObjectIdentifier("2.23.133.5.4.1")
 """TCG composite device identity: the value ends in a SHA-384 firmware digest (Hopper)."""
@@ -25,6 +32,9 @@ OID_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")
 """DICE TcbInfo: context tag 6 lists (algorithm, digest) pairs (Blackwell)."""
 
 FWID_SIZE = 48
+
+PDI_DIGITS = 18
+"""Length of a device's serial number in the subject above its leaf, hex digits."""
 
 _SHA384 = bytes.fromhex("0609608648016503040202")
 """DER of the object identifier of SHA-384."""
@@ -39,18 +49,26 @@ class Device:
     Attributes:
         arch: ``HOPPER``, ``BLACKWELL``, ``LS10`` (a switch), or empty when unknown.
         hwmodel: common name of the certificate above the leaf.
+        chip: its first word, e.g. ``GH100``.
         ueid: serial number of the leaf, decimal.
         fwid: firmware digest that the boot ROM certified for the leaf's key; ``None`` if absent.
         key: the leaf's P-384 key.
         key_info: DER SubjectPublicKeyInfo of ``key``.
+        boot_rom_info: DER SubjectPublicKeyInfo of the key above the leaf, which is burnt into the
+            device and outlives its firmware.
+        pdi: physical device identity as the certificate above the leaf names it, 8 bytes, in the
+            order in which switches list it; ``None`` when it names none.
     """
 
     arch: str
     hwmodel: str
+    chip: str
     ueid: str
     fwid: bytes | None
     key: ec.EllipticCurvePublicKey
     key_info: bytes
+    boot_rom_info: bytes
+    pdi: bytes | None
 
 
 def describe(chain: Sequence[x509.Certificate]) -> Device:
@@ -70,6 +88,7 @@ def describe(chain: Sequence[x509.Certificate]) -> Device:
         raise FormatError(f"device chain: a leaf of {chip!r} under {model!r}")
     try:
         key = leaf.public_key()
+        boot_rom_key = boot_rom.public_key()
     except LIBRARY_ERRORS as error:
         raise FormatError(f"device chain: unusable leaf key ({error})") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
@@ -77,11 +96,26 @@ def describe(chain: Sequence[x509.Certificate]) -> Device:
     return Device(
         arch=ARCHITECTURES.get(model[:3], ""),
         hwmodel=model,
+        chip=chip,
         ueid=str(leaf.serial_number),
         fwid=_fwid(leaf),
         key=key,
         key_info=key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        boot_rom_info=boot_rom_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        pdi=_pdi(boot_rom),
     )
+
+
+def _pdi(boot_rom: x509.Certificate) -> bytes | None:
+    # The subject's serial number is a byte for the kind of device and the 8 bytes of its PDI.
+    try:
+        names = boot_rom.subject.get_attributes_for_oid(NameOID.SERIAL_NUMBER)
+    except LIBRARY_ERRORS as error:
+        raise FormatError(f"certificate subject: {error}") from error
+    text = str(names[0].value) if len(names) == 1 else ""
+    if len(text) != PDI_DIGITS or not set(text) <= set("0123456789abcdefABCDEF"):
+        return None
+    return bytes.fromhex(text)[1:]
 
 
 def _fwid(leaf: x509.Certificate) -> bytes | None:

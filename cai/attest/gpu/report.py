@@ -26,6 +26,12 @@ NONCE_SIZE = 32
 REQUEST_SIZE = 37
 SIGNATURE_SIZE = 96
 DIGEST_SIZE = 48
+PDI_SIZE = 8
+"""Bytes of a physical device identity."""
+
+GPU_PDIS = 8
+"""Entries of a switch's list that name GPUs; what follows is not understood (evidence.md §9)."""
+
 BLOCK_SIZE = 7 + DIGEST_SIZE
 
 REQUEST_HEAD = bytes((0x11, 0xE0, 0x01, 0xFF))
@@ -41,8 +47,16 @@ _VERSION = re.compile(r"[0-9A-Fa-f]{2}(\.[0-9A-Fa-f]{2}){4}")
 OPAQUE_DRIVER_VERSION = 3
 OPAQUE_VBIOS_VERSION = 6
 OPAQUE_NVDEC0_STATUS = 11
+OPAQUE_CHIP_SKU = 15
+OPAQUE_PROJECT = 17
+OPAQUE_PROJECT_SKU = 18
 OPAQUE_FWID = 20
+OPAQUE_PROTECTED_PCIE = 21
+OPAQUE_SWITCH_PDIS = 22
+OPAQUE_GPU_PDIS = 26
+OPAQUE_CHIP_INFO = 35
 OPAQUE_FEATURE_FLAG = 36
+OPAQUE_INVALID = 255
 """Opaque field types that are used here; all others are kept unread (evidence.md §5.3)."""
 
 
@@ -63,6 +77,14 @@ class Report:
     opaque: Mapping[int, bytes]
     signed: bytes
     signature: bytes
+
+    def text(self, kind: int) -> str:
+        """A text field, e.g. the board's project; empty when absent or not printable ASCII."""
+        raw = self.opaque.get(kind, b"")
+        try:
+            return _text(raw, "field")
+        except FormatError:
+            return ""
 
     @property
     def driver_version(self) -> str:
@@ -97,6 +119,22 @@ class Report:
     def feature_flag(self) -> int | None:
         """Feature flag, or ``None`` in old reports; 2 is a protected-PCIe system."""
         return _integer(self.opaque.get(OPAQUE_FEATURE_FLAG), 2, "feature flag")
+
+    @property
+    def protected_pcie_status(self) -> int | None:
+        """0xAA on, 0x55 off, ``None`` when the report has no such field."""
+        return _integer(self.opaque.get(OPAQUE_PROTECTED_PCIE), 1, "protected-PCIe status")
+
+    @property
+    def switch_pdis(self) -> tuple[bytes, ...]:
+        """Switches: a GPU lists one per link, byte-reversed; a switch names itself."""
+        return _pdis(self.opaque.get(OPAQUE_SWITCH_PDIS, b""), "switch PDIs")
+
+    @property
+    def gpu_pdis(self) -> tuple[bytes, ...]:
+        """Identities of the GPUs that a switch is linked to: the first eight entries."""
+        entries = _pdis(self.opaque.get(OPAQUE_GPU_PDIS, b""), "GPU PDIs")
+        return entries[:GPU_PDIS]
 
     @property
     def nvdec0_status(self) -> int | None:
@@ -137,7 +175,8 @@ def parse_report(data: bytes) -> Report:
     )
     # Read the decoded fields once, so that no later use of a parsed report can raise.
     _ = report.driver_version, report.vbios_version, report.fwid
-    _ = report.feature_flag, report.nvdec0_status
+    _ = report.feature_flag, report.nvdec0_status, report.protected_pcie_status
+    _ = report.switch_pdis, report.gpu_pdis
     return report
 
 
@@ -165,6 +204,8 @@ def _opaque(data: bytes) -> Mapping[int, bytes]:
     while position < len(data):
         head = _part(data, position, 4, "opaque field head")
         kind, size = int.from_bytes(head[:2], "little"), int.from_bytes(head[2:], "little")
+        if kind == OPAQUE_INVALID:
+            raise FormatError("gpu report: an opaque field is marked as invalid")
         if kind in found:
             raise FormatError(f"gpu report: opaque field {kind} stands twice")
         found[kind] = _part(data, position + 4, size, f"opaque field {kind}")
@@ -184,6 +225,12 @@ def _integer(raw: bytes | None, size: int, what: str) -> int | None:
     if len(raw) != size:
         raise FormatError(f"gpu report: {what} has {len(raw)} bytes, expected {size}")
     return int.from_bytes(raw, "little")
+
+
+def _pdis(raw: bytes, what: str) -> tuple[bytes, ...]:
+    if len(raw) % PDI_SIZE:
+        raise FormatError(f"gpu report: {what} have {len(raw)} bytes, no multiple of {PDI_SIZE}")
+    return tuple(raw[at : at + PDI_SIZE] for at in range(0, len(raw), PDI_SIZE))
 
 
 def _text(raw: bytes, what: str) -> str:

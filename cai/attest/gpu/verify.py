@@ -1,55 +1,106 @@
-"""Hard checks of GPU evidence: no policy lifts any of them (docs/spec-evidence.md §4).
+"""Hard checks of GPU and NVSwitch evidence: no policy lifts any of them (docs/spec-evidence.md §4).
 
-What this version cannot check yet is listed as *not asked* in each verdict: reference measurements
-(RIM), revocation (OCSP) and the topology of multi-GPU systems.
+Reference files and revocation answers are arguments. Without them their checks are *not asked*,
+facts say that nothing was compared, and a policy that does not loosen it refuses.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography import x509
 
-from cai.attest.certificates import load_chain, verify_chain
+from cai.attest.certificates import is_plain, load_chain, verify_chain
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.facts import DeviceFacts
-from cai.attest.gpu.certificates import Device, describe
+from cai.attest.gpu import device_checks
+from cai.attest.gpu.certificates import SWITCH, Device, describe
+from cai.attest.gpu.measurements import Comparison, check_measurements
+from cai.attest.gpu.ocsp import Link, device_links, rim_links
+from cai.attest.gpu.ocsp_store import Found, OcspStore, check_revocation
 from cai.attest.gpu.report import Report, parse_report
+from cai.attest.gpu.rim_store import RimStore
+from cai.attest.gpu.topology import check_list
 from cai.attest.verdict import Check, Outcome, check, not_asked
 from cai.errors import EvidenceRefused, FormatError, LimitExceeded
 
 MAX_DEVICES = 16
 """Most devices in one evidence list (8 GPUs and 4 switches are the largest known system)."""
 
-GPU_ARCHITECTURES = ("HOPPER", "BLACKWELL")
-"""Architectures that are verified; a switch alone proves nothing about a GPU."""
-
-NVDEC0_STATES = (0xAA, 0x55)
-"""Enabled and disabled; anything else is refused (evidence.md §5.6)."""
-
-FLAG_PROTECTED_PCIE = 2
-"""Feature flag of a device in a protected-PCIe system, which is evidence only as a whole."""
-
-
-_NEEDS_BOTH = ("signature", "fwid", "arch")
+RISK_RIM = (
+    "GPU firmware measurements are signed by the device but not compared with NVIDIA's reference"
+    " values (RIM)"
+)
+RISK_OCSP = "revocation of GPU certificates is not asked (OCSP)"
+RISK_FWID = "a GPU report does not name the firmware that holds its key (unsafe_without_fwid)"
+RISK_DELEGATE = (
+    "revocation of the responder that answered for GPU certificates is not itself asked (OCSP)"
+)
+"""What no check covers, as a verdict's ``residual_risks`` say it."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuResult:
-    """Checks in order, and the facts of all devices when every check passed."""
+    """What the checks of a list of devices came to.
+
+    Attributes:
+        checks: in order.
+        facts: of all devices, if and only if every check passed.
+        risks: what was not asked, in plain words.
+        comparisons: per device, what the comparison with reference files found; ``None`` where
+            none was made.
+    """
 
     checks: tuple[Check, ...]
     facts: tuple[DeviceFacts, ...] | None
+    risks: tuple[str, ...] = ()
+    comparisons: tuple[Comparison | None, ...] = ()
+
+    def alone(self, place: int) -> bool:
+        """Whether one device passed its own checks, whatever it is in company with."""
+        own = [item for item in self.checks if item.name.startswith(f"gpu.{place}.")]
+        return bool(own) and not any(item.outcome is Outcome.FAIL for item in own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What every device of a list is checked against."""
+
+    nonce: bytes | None
+    root: bytes
+    now: datetime
+    rim_root: bytes | None
+    rims: RimStore | None
+    ocsp: OcspStore | None
+    without_fwid: bool
+    # What devices share is verified once: signatures of issuers, and answers about them.
+    issued: set[Link] = field(default_factory=set)
+    answers: dict[Link, Found] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the checks of one device came to; the parts are there where they could be read."""
+
+    checks: list[Check]
+    report: Report | None = None
+    device: Device | None = None
+    comparison: Comparison | None = None
+    produced: datetime | None = None
 
 
 def verify_devices(
-    devices: Sequence[DeviceEvidence], *, nonce: bytes | None, root: bytes, now: datetime
+    devices: Sequence[DeviceEvidence],
+    *,
+    nonce: bytes | None,
+    root: bytes,
+    now: datetime,
+    rim_root: bytes | None = None,
+    rims: RimStore | None = None,
+    ocsp: OcspStore | None = None,
+    unsafe_without_fwid: bool = False,
 ) -> GpuResult:
     """Make every hard check of a list of devices.
 
@@ -58,6 +109,10 @@ def verify_devices(
         nonce: the 32 bytes that every report must carry; ``None`` fails if there is any device.
         root: DER of the pinned root of device certificates.
         now: time of the verification, timezone-aware.
+        rim_root: DER of the pinned root of reference measurements; ``None`` does not ask.
+        rims: the reference files there are; ``None`` does not ask.
+        ocsp: the revocation answers there are; ``None`` does not ask.
+        unsafe_without_fwid: accept GPU reports of firmware that does not name itself.
     """
     if not devices:
         return GpuResult((not_asked("gpu.devices", 0, "there is no GPU evidence"),), ())
@@ -65,27 +120,28 @@ def verify_devices(
         reason = f"at most {MAX_DEVICES} devices are accepted"
         found = check("gpu.devices", passed=False, observed=len(devices), reason=reason)
         return GpuResult((found,), None)
-    checks: list[Check] = [check("gpu.devices", passed=True, observed=len(devices))]
-    verified: list[tuple[Report, Device]] = []
-    for place, evidence in enumerate(devices):
-        found_checks, pair = _verify_device(f"gpu.{place}", evidence, nonce, root, now)
-        checks.extend(found_checks)
-        if pair is not None:
-            verified.append(pair)
-    if len(verified) == len(devices):
-        checks.extend(_across(verified))
-    checks.append(not_asked("gpu.rim", reason="reference measurements are not compared yet"))
-    checks.append(not_asked("gpu.ocsp", reason="certificate revocation is not asked yet"))
-    if any(item.outcome is Outcome.FAIL for item in checks):
-        return GpuResult(tuple(checks), None)
-    return GpuResult(tuple(checks), tuple(_facts(report, device) for report, device in verified))
+    inputs = _Inputs(nonce, root, now, rim_root, rims, ocsp, unsafe_without_fwid)
+    outcomes = [
+        _verify_device(f"gpu.{place}", evidence, inputs) for place, evidence in enumerate(devices)
+    ]
+    checks = [check("gpu.devices", passed=True, observed=len(devices))]
+    checks += [item for outcome in outcomes for item in outcome.checks]
+    members = [(item.report, item.device) for item in outcomes if item.report and item.device]
+    if len(members) == len(devices):
+        # (11) to (13) What they are together.
+        checks += check_list([(report, device) for report, device in members])
+    comparisons = tuple(outcome.comparison for outcome in outcomes)
+    risks = _risks(outcomes)
+    if len(members) < len(devices) or any(item.outcome is Outcome.FAIL for item in checks):
+        return GpuResult(tuple(checks), None, risks, comparisons)
+    facts = tuple(fact for fact in map(_facts, outcomes) if fact is not None)
+    return GpuResult(tuple(checks), facts, risks, comparisons)
 
 
-def _verify_device(
-    name: str, evidence: DeviceEvidence, nonce: bytes | None, root: bytes, now: datetime
-) -> tuple[list[Check], tuple[Report, Device] | None]:
+def _verify_device(name: str, evidence: DeviceEvidence, inputs: _Inputs) -> _Outcome:
     checks: list[Check] = []
     report = device = None
+    chain: tuple[x509.Certificate, ...] = ()
     # (1) Report layout.
     try:
         report = parse_report(evidence.report)
@@ -97,124 +153,86 @@ def _verify_device(
     try:
         chain = load_chain(evidence.chain, what="device chain")
         device = describe(chain)
-        verify_chain(chain, root=root, now=now)
+        if not is_plain(evidence.chain, chain):
+            raise EvidenceRefused("the chain is written in another way than PEM is")
+        verify_chain(chain, root=inputs.root, now=inputs.now, issued=inputs.issued)
     except (FormatError, LimitExceeded, EvidenceRefused) as error:
         checks.append(check(f"{name}.chain", passed=False, reason=error.message))
     else:
         checks.append(check(f"{name}.chain", passed=True, observed=device.hwmodel))
     if report is not None:
-        checks.append(_nonce(name, report, nonce))
-        checks.append(_nvdec(name, report))
-        checks.append(_versions(name, report))
+        # (3) and (4)
+        checks.append(device_checks.check_nonce(name, report, inputs.nonce))
+        checks.append(device_checks.check_nvdec(name, report))
     if report is None or device is None:
         reason = "report or chain cannot be read"
-        checks += [not_asked(f"{name}.{part}", reason=reason) for part in _NEEDS_BOTH]
-        return checks, None
-    checks.append(_signature(name, report, device))
-    checks.append(_fwid(name, report, device))
-    checks.append(_arch(name, evidence, device))
-    return checks, (report, device)
+        parts = (*device_checks.NEEDS_BOTH, "rim", "ocsp")
+        checks += [not_asked(f"{name}.{part}", reason=reason) for part in parts]
+        return _Outcome(checks, report, device)
+    # (5) to (8)
+    checks += [
+        device_checks.check_versions(name, report, device),
+        device_checks.check_signature(name, report, device),
+        device_checks.check_fwid(name, report, device, required=not inputs.without_fwid),
+        device_checks.check_arch(name, evidence.arch, device),
+    ]
+    comparison = _measurements(checks, name, report, device, inputs)
+    produced = _revocation(checks, name, chain, comparison, inputs)
+    return _Outcome(checks, report, device, comparison, produced)
 
 
-def _nonce(name: str, report: Report, nonce: bytes | None) -> Check:
-    # (3) Fresh, and made for this session.
-    return check(
-        f"{name}.nonce",
-        passed=nonce is not None and hmac.compare_digest(report.nonce, nonce),
-        observed=report.nonce.hex(),
-        expected="a nonce of the verifier" if nonce is None else nonce.hex(),
-        reason="the report was made under another nonce (replayed)",
+def _measurements(
+    checks: list[Check], name: str, report: Report, device: Device, inputs: _Inputs
+) -> Comparison | None:
+    # (9) Measurements against NVIDIA's reference values.
+    if inputs.rims is None or inputs.rim_root is None:
+        what = "no root of them is trusted" if inputs.rims else "none were given"
+        checks.append(not_asked(f"{name}.rim", reason=f"reference files: {what}"))
+        return None
+    found, comparison = check_measurements(
+        name, report, device, store=inputs.rims, root=inputs.rim_root, now=inputs.now
     )
+    checks += found
+    return comparison
 
 
-def _nvdec(name: str, report: Report) -> Check:
-    # (4) Unknown states would decide later which measurements are compared.
-    status = report.nvdec0_status
-    if status is None:
-        return not_asked(f"{name}.nvdec", reason="the report has no such field")
-    return check(
-        f"{name}.nvdec", passed=status in NVDEC0_STATES, observed=f"{status:#x}",
-        expected="0xaa or 0x55", reason="unknown NVDEC0 status",
-    )  # fmt: skip
-
-
-def _versions(name: str, report: Report) -> Check:
-    # (5) A policy that lists versions must find some.
-    observed = f"driver {report.driver_version or '?'}, VBIOS {report.vbios_version or '?'}"
-    return check(
-        f"{name}.versions",
-        passed=bool(report.driver_version and report.vbios_version),
-        observed=observed,
-        reason="the report does not name its driver and VBIOS",
+def _revocation(
+    checks: list[Check], name: str, chain: Sequence[x509.Certificate],
+    comparison: Comparison | None, inputs: _Inputs,
+) -> datetime | None:  # fmt: skip
+    # (10) Revocation of the device's certificates and of those behind its reference files.
+    if inputs.ocsp is None:
+        checks.append(not_asked(f"{name}.ocsp", reason="no revocation answers were given"))
+        return None
+    links = list(device_links(chain))
+    for rim in comparison.rims.values() if comparison else ():
+        links += rim_links(rim.chain)
+    found, produced = check_revocation(
+        f"{name}.ocsp", links, store=inputs.ocsp, now=inputs.now, known=inputs.answers
     )
+    checks.append(found)
+    return produced
 
 
-def _signature(name: str, report: Report, device: Device) -> Check:
-    # (6) SPDM 1.1: ECDSA P-384 with SHA-384 over request and response.
-    half = len(report.signature) // 2
-    r, s = (int.from_bytes(part, "big") for part in (report.signature[:half],
-                                                     report.signature[half:]))  # fmt: skip
-    try:
-        device.key.verify(encode_dss_signature(r, s), report.signed, ec.ECDSA(hashes.SHA384()))
-        passed = True
-    except (InvalidSignature, ValueError):
-        passed = False
-    return check(f"{name}.signature", passed=passed, reason="not signed by the leaf certificate")
-
-
-def _fwid(name: str, report: Report, device: Device) -> Check:
-    # (7) The firmware that answered is the one whose key the boot ROM certified. Absence is a
-    # refusal: NVIDIA's tools take it as a match, which would let old firmware out of the check.
-    observed = report.fwid.hex() if report.fwid else "absent"
-    expected = device.fwid.hex() if device.fwid else "absent"
-    return check(
-        f"{name}.fwid",
-        passed=report.fwid is not None and report.fwid == device.fwid,
-        observed=observed,
-        expected=expected,
-        reason="firmware digest of report and certificate differ or are absent",
+def _risks(outcomes: Sequence[_Outcome]) -> tuple[str, ...]:
+    risks: list[str] = []
+    if any(item.comparison is None for item in outcomes):
+        risks.append(RISK_RIM)
+    risks.append(
+        RISK_OCSP if any(item.produced is None for item in outcomes) else RISK_DELEGATE
     )
+    if any(item.report and item.device and item.report.fwid is None
+           and item.device.arch != SWITCH for item in outcomes):  # fmt: skip
+        risks.append(RISK_FWID)
+    return tuple(risks)
 
 
-def _arch(name: str, evidence: DeviceEvidence, device: Device) -> Check:
-    # (8) The certificate decides; a label that says otherwise is somebody's attempt.
-    return check(
-        f"{name}.arch",
-        passed=device.arch in GPU_ARCHITECTURES and evidence.arch.upper() == device.arch,
-        observed=evidence.arch,
-        expected=device.arch if device.arch in GPU_ARCHITECTURES else "a known GPU",
-        reason=f"the certificate is of {device.hwmodel!r}",
-    )
-
-
-def _across(verified: Sequence[tuple[Report, Device]]) -> list[Check]:
-    # (9) One device counts once.
-    serials = {device.ueid for _, device in verified}
-    keys = {device.key_info for _, device in verified}
-    distinct = min(len(serials), len(keys))
-    # (10) Uniform mode; protected PCIe only with the topology check that is yet to come.
-    flags = {report.feature_flag for report, _ in verified}
-    known = flags <= {None, 0, 1}
-    if FLAG_PROTECTED_PCIE in flags:
-        reason = "protected-PCIe systems are not verified yet"
-    elif not known:
-        reason = "unknown feature flag"
-    else:
-        reason = "devices of different modes in one list"
-    return [
-        check(
-            "gpu.distinct", passed=distinct == len(verified), observed=distinct,
-            expected=len(verified), reason="one device stands in the list twice",
-        ),
-        check(
-            "gpu.mode", passed=known and len(flags) == 1,
-            observed=", ".join(sorted("absent" if flag is None else str(flag) for flag in flags)),
-            reason=reason,
-        ),
-    ]  # fmt: skip
-
-
-def _facts(report: Report, device: Device) -> DeviceFacts:
+def _facts(outcome: _Outcome) -> DeviceFacts | None:
+    report, device, comparison = outcome.report, outcome.device, outcome.comparison
+    if report is None or device is None:
+        return None
+    rims = comparison.rims if comparison else {}
+    expires = min((rim.valid_until for rim in rims.values()), default=None)
     return DeviceFacts(
         arch=device.arch,
         hwmodel=device.hwmodel,
@@ -223,4 +241,8 @@ def _facts(report: Report, device: Device) -> DeviceFacts:
         vbios_version=report.vbios_version,
         fwid=report.fwid.hex() if report.fwid else "",
         measurements={str(index): value.hex() for index, value in report.measurements.items()},
+        mode="" if report.feature_flag is None else str(report.feature_flag),
+        rims={role: rim.digest for role, rim in rims.items()},
+        rim_expires=expires.isoformat() if expires else "",
+        ocsp_produced=outcome.produced.isoformat() if outcome.produced else "",
     )

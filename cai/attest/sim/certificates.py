@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from cai.attest.anchors import SIMULATED_ORGANISATION
+from cai.attest.sim.seed import Seed
 from cai.errors import FormatError
 
 BACKDATED = timedelta(days=1)
@@ -91,6 +93,10 @@ def issue(
     ca: bool = False,
     extensions: Sequence[x509.ExtensionType] = (),
     key: ec.EllipticCurvePrivateKey | None = None,
+    seed: Seed | None = None,
+    label: str = "",
+    lifetime: timedelta = LIFETIME,
+    subject_serial: str = "",
 ) -> Identity:
     """Make a certificate; self-signed without ``issuer``.
 
@@ -103,12 +109,23 @@ def issue(
         ca: whether it may issue certificates.
         extensions: further extensions, none critical.
         key: a key to certify in place of a new one.
+        seed: where key and serial number come from; drawn when absent.
+        label: tells certificates of one name apart under one seed.
+        lifetime: validity from a day before ``now``; negative makes an expired certificate.
+        subject_serial: serial number attribute of the subject, where the vendor puts a device's
+            identity.
     """
-    private = key or ec.generate_private_key(curve)
+    source, label = seed or Seed.fresh(), label or common_name
+    private = key or source.key(label, curve)
     name = x509.Name(
         [
             x509.NameAttribute(NameOID.COMMON_NAME, common_name),
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, SIMULATED_ORGANISATION),
+            *(
+                [x509.NameAttribute(NameOID.SERIAL_NUMBER, subject_serial)]
+                if subject_serial
+                else []
+            ),
         ]
     )
     start = (now - BACKDATED).replace(microsecond=0)
@@ -118,9 +135,9 @@ def issue(
         .subject_name(name)
         .issuer_name(issuer.certificate.subject if issuer else name)
         .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + LIFETIME)
+        .serial_number(source.serial(label))
+        .not_valid_before(start - max(-lifetime, timedelta()) * 2)
+        .not_valid_after(start + lifetime)
         .add_extension(x509.BasicConstraints(ca, ca_path_length if ca else None), critical=True)
         .add_extension(USAGE_CA if ca else USAGE_LEAF, critical=True)
         .add_extension(
@@ -133,11 +150,17 @@ def issue(
     )
     for extension in extensions:
         builder = builder.add_extension(extension, critical=False)
-    return Identity(private, builder.sign(signer, _digest(signer)))
+    return Identity(private, builder.sign(signer, _digest(signer), ecdsa_deterministic=True))
 
 
-def revocation_list(issuer: Identity, *, start: datetime, end: datetime) -> bytes:
-    """An empty revocation list, DER, valid from ``start`` to ``end``."""
+def revocation_list(
+    issuer: Identity,
+    *,
+    start: datetime,
+    end: datetime,
+    revoked: Sequence[x509.Certificate] = (),
+) -> bytes:
+    """A revocation list, DER, valid from ``start`` to ``end``."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.certificate.subject)
@@ -149,7 +172,23 @@ def revocation_list(issuer: Identity, *, start: datetime, end: datetime) -> byte
             critical=False,
         )
     )
-    return builder.sign(issuer.key, _digest(issuer.key)).public_bytes(Encoding.DER)
+    for certificate in revoked:
+        entry = (
+            x509.RevokedCertificateBuilder()
+            .serial_number(certificate.serial_number)
+            .revocation_date(start.astimezone(UTC).replace(microsecond=0))
+        )
+        builder = builder.add_revoked_certificate(entry.build())
+    signed = builder.sign(issuer.key, _digest(issuer.key), ecdsa_deterministic=True)
+    return signed.public_bytes(Encoding.DER)
+
+
+def raw_signature(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
+    """ECDSA as r ‖ s, big-endian: SHA-256 on P-256, SHA-384 on P-384, deterministic (RFC 6979)."""
+    width = (key.curve.key_size + 7) // 8
+    signature = key.sign(data, ec.ECDSA(_digest(key), deterministic_signing=True))
+    r, s = decode_dss_signature(signature)
+    return r.to_bytes(width, "big") + s.to_bytes(width, "big")
 
 
 def der(tag: int, content: bytes) -> bytes:

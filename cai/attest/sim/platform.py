@@ -1,31 +1,33 @@
-"""The simulated machine as the rest of CAI meets it: a quote source and a device source."""
+"""The simulated machine as the rest of CAI meets it: where guests and devices come from.
+
+A platform is a seed and a time of making; every key and certificate follows from these two, so a
+loaded platform is the hardware that was created, and two of one seed and time are the same.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
 import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from functools import cache, cached_property
 from hashlib import sha384
+from itertools import count
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
-
 from cai import jcs
-from cai.attest.anchors import COLLATERAL_DIRECTORY, GPU_ROOT_FILE, TDX_ROOT_FILE
-from cai.attest.evidence import DeviceEvidence
-from cai.attest.sim import intel, nvidia
-from cai.attest.sim.certificates import Identity
-from cai.attest.statement import REPORT_DATA_SIZE
+from cai.attest.anchors import (
+    COLLATERAL_DIRECTORY,
+    GPU_ROOT_FILE,
+    RIM_ROOT_FILE,
+    TDX_ROOT_FILE,
+)
+from cai.attest.sim import intel, nvidia, rim
+from cai.attest.sim.devices import MAX_GPUS, MAX_SWITCHES, DeviceSettings, SimulatedDevices
+from cai.attest.sim.guest import GuestSettings, SimulatedGuest
+from cai.attest.sim.revocation import OcspSettings, Responder
+from cai.attest.sim.seed import Seed
+from cai.attest.sim.tcb import CollateralSettings
 from cai.errors import FormatError, InputError, InputMissing, StorageError, from_os_error
 from cai.secret import Secret, read_secret_file, write_secret_file
 
@@ -33,49 +35,41 @@ ANCHORS = "anchors"
 PLATFORM = "platform"
 """Directories of a simulated platform: what verifiers get, and what plays the hardware."""
 
-MAX_GPUS = 8
-"""GPUs that a simulated machine has."""
+RIM_DIRECTORY = "rims"
+OCSP_DIRECTORY = "ocsp"
+"""Reference files and revocation answers, beside the collateral in the public directory."""
 
-NORMAL_ATTRIBUTES = 1 << 28
-DEBUG_ATTRIBUTE = 1 << 0
-XFAM = bytes.fromhex("e702060000000000")
+SEED_FILE = "seed.key"
+DESCRIPTION_FILE = "platform.json"
+"""The private files of a platform: its seed, and what is not secret about it."""
 
-_INTEL = ("root", "platform_ca", "tcb_signing", "pck")
-_NVIDIA = ("root", "identity", "provisioner")
-
-
-@dataclass(frozen=True, slots=True)
-class GuestSettings:
-    """What a simulated guest is like.
-
-    Attributes:
-        image: mr_td and rtmr0 to rtmr2 are derived from it: another image, other measurements.
-        debug: started as a debug guest.
-        rtmr3_events: extended into rtmr3 in order, each as its SHA-384.
-        quote_seconds: how long a quote takes; quotes of one platform never overlap.
-    """
-
-    image: str = "demo"
-    debug: bool = False
-    rtmr3_events: tuple[bytes, ...] = ()
-    quote_seconds: float = 0.0
+FORMAT = 2
+"""Version of the private directory's format."""
 
 
 class SimulatedPlatform:
-    """A simulated machine, made by ``create`` and opened by ``load``."""
+    """A simulated machine, made by ``create`` and opened by ``load``.
+
+    Args:
+        directory: the private directory.
+        seed: where every key comes from.
+        made: time of the making.
+        pck_flags: those that the PCK certificate sets (``intel.PCK_FLAGS``).
+    """
 
     def __init__(
         self,
         directory: Path,
-        processor: intel.Processor,
-        foundry: nvidia.Foundry,
-        gpus: Sequence[nvidia.Gpu],
+        seed: Seed,
+        made: datetime,
+        pck_flags: tuple[str, ...] = intel.PCK_FLAGS,
     ) -> None:
         self.directory = directory
-        self.processor = processor
-        self.foundry = foundry
-        self.gpus = tuple(gpus)
-        self.qe_id = sha384(b"SIMULATED qe id" + processor.pck.pem).digest()[:16]
+        self.made = made
+        self.pck_flags = pck_flags
+        self._seed = seed
+        self._device = cache(self._make_device)
+        self._reports = count()
         # The quoting enclave serves one request at a time, whichever guest asks.
         self.quoting = threading.Lock()
 
@@ -84,19 +78,64 @@ class SimulatedPlatform:
         """The public directory that verifiers get."""
         return self.directory.parent / ANCHORS
 
+    @cached_property
+    def processor(self) -> intel.Processor:
+        """The machine's package, with the vendor behind it."""
+        return intel.create_processor(
+            ppid=self._seed.bytes("ppid", 16),
+            instance_id=self._seed.bytes("platform instance", 16),
+            now=self.made,
+            seed=self._seed.below("intel"),
+            flags=self.pck_flags,
+        )
+
+    @cached_property
+    def foundry(self) -> nvidia.Foundry:
+        """The vendor of the machine's GPUs."""
+        return nvidia.create_foundry(now=self.made, seed=self._seed.below("nvidia"))
+
+    @property
+    def gpus(self) -> tuple[nvidia.Gpu, ...]:
+        """The machine's GH100 devices."""
+        return tuple(self.device(nvidia.ARCH, place) for place in range(MAX_GPUS))
+
+    @cached_property
+    def qe_id(self) -> bytes:
+        """16 bytes that name the quoting enclave."""
+        return sha384(b"SIMULATED qe id" + self.processor.pck.pem).digest()[:16]
+
     @classmethod
-    def create(cls, directory: Path, *, now: datetime) -> SimulatedPlatform:
+    def create(
+        cls,
+        directory: Path,
+        *,
+        now: datetime,
+        seed: bytes | None = None,
+        pck_flags: tuple[str, ...] = intel.PCK_FLAGS,
+        collateral: CollateralSettings | None = None,
+    ) -> SimulatedPlatform:
         """Make ``directory/anchors`` (public) and ``directory/platform`` (0700).
 
+        Args:
+            directory: where.
+            now: time of the making.
+            seed: makes the platform repeatable; drawn when absent. Whoever knows it can sign for
+                the platform.
+            pck_flags: flags that the PCK certificate sets.
+            collateral: what the simulated Intel says of the platform.
+
         Raises:
+            InputError: an unknown PCK flag.
             StorageError: something stands there already, or cannot be written.
         """
-        platform = directory / PLATFORM
-        anchors = directory / ANCHORS
+        platform, anchors = directory / PLATFORM, directory / ANCHORS
+        if not set(pck_flags) <= set(intel.PCK_FLAGS):
+            raise InputError(f"known PCK flags are: {', '.join(intel.PCK_FLAGS)}")
         try:
             directory.mkdir(parents=True, exist_ok=True)
             platform.mkdir(mode=0o700)
-            (anchors / COLLATERAL_DIRECTORY).mkdir(parents=True)
+            for name in (COLLATERAL_DIRECTORY, RIM_DIRECTORY, OCSP_DIRECTORY):
+                (anchors / name).mkdir(parents=True)
         except FileExistsError as error:
             raise StorageError(
                 f"a simulated platform exists already in {directory}",
@@ -104,19 +143,11 @@ class SimulatedPlatform:
             ) from error
         except OSError as error:
             raise from_os_error(error, f"create simulated platform {directory}") from error
-        foundry = nvidia.create_foundry(now=now)
-        made = cls(
-            platform,
-            intel.create_processor(
-                ppid=secrets.token_bytes(16), instance_id=secrets.token_bytes(16), now=now
-            ),
-            foundry,
-            [nvidia.create_gpu(foundry, now=now) for _ in range(MAX_GPUS)],
-        )
+        source = Seed.fresh() if seed is None else Seed(seed)
+        made = cls(platform, source, now.astimezone(UTC).replace(microsecond=0), pck_flags)
         made._save()
-        _write_public(anchors / TDX_ROOT_FILE, made.processor.root.pem)
-        _write_public(anchors / GPU_ROOT_FILE, made.foundry.root.pem)
-        made.renew_collateral(now=now)
+        made.renew_collateral(now=now, settings=collateral)
+        made.renew_answers(now=now)
         return made
 
     @classmethod
@@ -137,23 +168,24 @@ class SimulatedPlatform:
             )
         inner = directory / PLATFORM
         place = inner if inner.is_dir() else directory
-        if not (place / "intel-root.key").exists():
-            raise InputError(f"{directory} is not a simulated platform")
-        return cls(
-            place,
-            intel.Processor(
-                **{name: _load(place, f"intel-{name}") for name in _INTEL},
-                attestation_key=_load_key(place / "attestation.key"),
-            ),
-            nvidia.Foundry(**{name: _load(place, f"nvidia-{name}") for name in _NVIDIA}),
-            [
-                nvidia.Gpu(_load(place, f"gpu{number}-rom"), _load(place, f"gpu{number}-leaf"))
-                for number in range(MAX_GPUS)
-            ],
-        )
+        if not (place / DESCRIPTION_FILE).exists():
+            raise InputError(
+                f"{directory} is not a simulated platform of this version",
+                hint="make one: python -m cai.attest.sim create DIR",
+            )
+        seed = read_secret_file(place / SEED_FILE, what="simulated seed").reveal()
+        text = read_secret_file(place / DESCRIPTION_FILE, what="simulated platform").reveal()
+        made, flags = _described(text, str(place / DESCRIPTION_FILE))
+        return cls(place, Seed(_unhex(seed, str(place / SEED_FILE))), made, flags)
 
-    def renew_collateral(self, *, now: datetime) -> Path:
-        """Write fresh collateral, valid for 30 days, over the old.
+    def renew_collateral(
+        self, *, now: datetime, settings: CollateralSettings | None = None
+    ) -> Path:
+        """Write collateral anew, over the old.
+
+        Args:
+            now: time of its making.
+            settings: the dials; by default everything is in order for 30 days.
 
         Returns:
             The collateral directory.
@@ -161,145 +193,137 @@ class SimulatedPlatform:
         Raises:
             StorageError: it cannot be written.
         """
-        members = intel.collateral(self.processor, now=now)
+        members = intel.collateral(self.processor, now=now, settings=settings)
         path = self.anchors / COLLATERAL_DIRECTORY / f"{intel.FMSPC.hex()}-platform.json"
         _write_public(path, jcs.canonical(members))
         return path.parent
+
+    def renew_answers(self, *, now: datetime, settings: OcspSettings | None = None) -> Path:
+        """Write the revocation answers anew: one for each certificate that can be asked about.
+
+        Returns:
+            The directory of answers.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        responder = self.responder(settings)
+        directory = self.anchors / OCSP_DIRECTORY
+        for serial, (certificate, _issuer) in responder.links.items():
+            answer = responder.about(certificate, now=now)
+            _write_public(directory / f"{serial:040x}.der", answer)
+        return directory
 
     def guest(self, settings: GuestSettings) -> SimulatedGuest:
         """Start a guest on this platform."""
         return SimulatedGuest(self, settings)
 
-    def devices(self, count: int = 1) -> SimulatedDevices:
-        """The platform's first ``count`` GPUs.
+    def devices(self, count: int = 1, settings: DeviceSettings | None = None) -> SimulatedDevices:
+        """The platform's first ``count`` GPUs, and its switches where settings say so.
 
         Raises:
             InputError: there are not that many.
         """
-        if not 0 <= count <= len(self.gpus):
-            raise InputError(f"a simulated platform has up to {len(self.gpus)} GPUs, not {count}")
-        return SimulatedDevices(self, count)
+        return SimulatedDevices(self, count, settings)
+
+    def device(self, arch: str, place: int) -> nvidia.Gpu:
+        """One device of a kind (``HOPPER``, ``BLACKWELL``, ``LS10``), by its place."""
+        return self._device(arch, place)
+
+    def pdi(self, arch: str, place: int) -> bytes:
+        """The physical identity of a device, 8 bytes, as switches list it."""
+        return nvidia.pdi(self._device_seed(arch, place))
+
+    def next_responder_nonce(self) -> bytes:
+        """What a device adds to its next report, 32 bytes; in order, so that a seed repeats it."""
+        return self._seed.bytes(f"report {next(self._reports)}", 32)
+
+    def foreign_device(self, chip: nvidia.Chip) -> tuple[nvidia.Foundry, nvidia.Gpu]:
+        """A device of another vendor root, and that vendor."""
+        foundry = nvidia.create_foundry(now=self.made, seed=self._seed.below("foreign"))
+        seed = self._seed.below("foreign device")
+        return foundry, nvidia.create_gpu(foundry, now=self.made, chip=chip, seed=seed)
+
+    def expired_device(self, chip: nvidia.Chip, place: int) -> nvidia.Gpu:
+        """A device whose leaf certificate is no longer valid."""
+        return nvidia.create_gpu(
+            self.foundry, now=self.made, chip=chip, lifetime=-timedelta(days=1),
+            seed=self._device_seed(chip.arch, place),
+        )  # fmt: skip
+
+    def responder(self, settings: OcspSettings | None = None) -> Responder:
+        """The vendor's OCSP responder."""
+        built_in = [self.device(arch, place) for arch, place in _built_in()]
+        return Responder.of(self.foundry, built_in, settings)
+
+    def rims(self) -> Mapping[str, bytes]:
+        """Reference files by the id under which the vendor's service gives them."""
+        return self._rims
+
+    @cached_property
+    def _rims(self) -> Mapping[str, bytes]:
+        found: dict[str, bytes] = {}
+        for chip in nvidia.CHIPS.values():
+            if chip.arch != "LS10":
+                name = rim.rim_id(chip, nvidia.DRIVER_VERSION, driver=True)
+                found[name] = rim.driver_rim(self.foundry, chip)
+            name = rim.rim_id(chip, chip.vbios_version, driver=False)
+            found[name] = rim.vbios_rim(self.foundry, chip)
+        return found
+
+    def _make_device(self, arch: str, place: int) -> nvidia.Gpu:
+        return nvidia.create_gpu(
+            self.foundry, now=self.made, chip=nvidia.CHIPS[arch],
+            seed=self._device_seed(arch, place),
+        )  # fmt: skip
+
+    def _device_seed(self, arch: str, place: int) -> Seed:
+        return self._seed.below(f"device {arch} {place}")
 
     def _save(self) -> None:
-        processor, foundry = self.processor, self.foundry
-        named = {f"intel-{name}": getattr(processor, name) for name in _INTEL}
-        named |= {f"nvidia-{name}": getattr(foundry, name) for name in _NVIDIA}
-        for number, gpu in enumerate(self.gpus):
-            named |= {f"gpu{number}-rom": gpu.boot_rom, f"gpu{number}-leaf": gpu.leaf}
-        for name, identity in named.items():
-            _write_key(self.directory / f"{name}.key", identity.key_pem)
-            _write_public(self.directory / f"{name}.pem", identity.pem)
-        attestation = processor.attestation_key.private_bytes(
-            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        write_secret_file(
+            self.directory / SEED_FILE, Secret(self._seed.value.hex().encode()), what="seed"
         )
-        _write_key(self.directory / "attestation.key", attestation)
-
-
-class SimulatedGuest:
-    """A simulated TDX guest; a ``QuoteSource``."""
-
-    simulated = True
-
-    def __init__(self, platform: SimulatedPlatform, settings: GuestSettings) -> None:
-        self.settings = settings
-        self._platform = platform
-        self._rtmr3 = bytes(48)
-        for event in settings.rtmr3_events:
-            self.extend_rtmr3(event)
-
-    def extend_rtmr3(self, event: bytes) -> None:
-        """Extend rtmr3 with the SHA-384 of an event, as a running guest does."""
-        self._rtmr3 = sha384(self._rtmr3 + sha384(event).digest()).digest()
-
-    @property
-    def measurements(self) -> dict[str, str]:
-        """mr_td and rtmr0 to rtmr3 in hex, by the names of ``policy.toml``."""
-        named = {name: self._measure(name).hex() for name in ("mr_td", "rtmr0", "rtmr1", "rtmr2")}
-        return {**named, "rtmr3": self._rtmr3.hex()}
-
-    def quote(self, report_data: bytes) -> bytes:
-        """A version 4 quote over exactly these 64 bytes.
-
-        Raises:
-            FormatError: the report data is not 64 bytes.
-        """
-        if len(report_data) != REPORT_DATA_SIZE:
-            raise FormatError(f"report data of {len(report_data)} bytes, expected 64")
-        with self._platform.quoting:
-            if self.settings.quote_seconds > 0:
-                time.sleep(self.settings.quote_seconds)
-            return intel.make_quote(
-                self._platform.processor, body=self._body(report_data), qe_id=self._platform.qe_id
-            )
-
-    def event_log(self) -> bytes | None:
-        """A simulated guest keeps no event log yet."""
-        return None
-
-    def _measure(self, register: str) -> bytes:
-        return sha384(f"SIMULATED {register} of {self.settings.image}".encode()).digest()
-
-    def _body(self, report_data: bytes) -> bytes:
-        attributes = NORMAL_ATTRIBUTES | (DEBUG_ATTRIBUTE if self.settings.debug else 0)
-        return b"".join(
-            (
-                intel.TEE_TCB_SVN,
-                intel.MR_SEAM,
-                bytes(48),  # mr_signer_seam: zero is Intel's
-                bytes(8),  # seam_attributes
-                attributes.to_bytes(8, "little"),
-                XFAM,
-                self._measure("mr_td"),
-                bytes(3 * 48),  # mr_config_id, mr_owner, mr_owner_config
-                self._measure("rtmr0"),
-                self._measure("rtmr1"),
-                self._measure("rtmr2"),
-                self._rtmr3,
-                report_data,
-            )
-        )
-
-
-class SimulatedDevices:
-    """The simulated GPUs of a guest; a ``DeviceSource``."""
-
-    simulated = True
-
-    def __init__(self, platform: SimulatedPlatform, count: int) -> None:
-        self._platform = platform
-        self._gpus = platform.gpus[:count]
-
-    def collect(self, nonce: bytes) -> tuple[DeviceEvidence, ...]:
-        """Reports of all devices under one 32-byte nonce.
-
-        Raises:
-            FormatError: the nonce is not 32 bytes.
-        """
-        if len(nonce) != 32:
-            raise FormatError(f"GPU nonce of {len(nonce)} bytes, expected 32")
-        return tuple(
-            DeviceEvidence(
-                arch=nvidia.ARCH,
-                uuid=f"GPU-SIMULATED-{number}",
-                report=nvidia.make_report(gpu, nonce),
-                chain=nvidia.chain(self._platform.foundry, gpu),
-            )
-            for number, gpu in enumerate(self._gpus)
-        )
-
-    def facts(self) -> dict[str, str]:
-        """Guest facts about the devices."""
-        return {
-            "cc_feature": "on",
-            "devtools": "off",
-            "multi_gpu_mode": "none",
-            "count": str(len(self._gpus)),
-            "driver": nvidia.DRIVER_VERSION,
+        description = {
+            "format": FORMAT,
+            "made": self.made.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "pck_flags": list(self.pck_flags),
         }
+        _write_public(self.directory / DESCRIPTION_FILE, jcs.canonical(description))
+        _write_public(self.anchors / TDX_ROOT_FILE, self.processor.root.pem)
+        _write_public(self.anchors / GPU_ROOT_FILE, self.foundry.root.pem)
+        _write_public(self.anchors / RIM_ROOT_FILE, self.foundry.rim_root.pem)
+        for name, document in self.rims().items():
+            _write_public(self.anchors / RIM_DIRECTORY / f"{name}.xml", document)
 
 
-def _write_key(path: Path, pem: bytes) -> None:
-    write_secret_file(path, Secret(pem), what="simulated key")
+def _built_in() -> list[tuple[str, int]]:
+    return [
+        (arch, place)
+        for arch in nvidia.CHIPS
+        for place in range(MAX_SWITCHES if arch == "LS10" else MAX_GPUS)
+    ]
+
+
+def _described(text: bytes, where: str) -> tuple[datetime, tuple[str, ...]]:
+    value = jcs.parse(text, what=where, limit=4096)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise FormatError(f"{where}: not a simulated platform of format {FORMAT}")
+    try:
+        made = datetime.fromisoformat(str(value.get("made")))
+    except ValueError as error:
+        raise FormatError(f"{where}: made is not a time") from error
+    flags = value.get("pck_flags")
+    if made.tzinfo is None or not isinstance(flags, list):
+        raise FormatError(f"{where}: made or pck_flags is missing")
+    return made, tuple(str(flag) for flag in flags)
+
+
+def _unhex(text: bytes, where: str) -> bytes:
+    try:
+        return bytes.fromhex(text.decode("ascii"))
+    except ValueError as error:
+        raise FormatError(f"{where}: not hex") from error
 
 
 def _write_public(path: Path, data: bytes) -> None:
@@ -311,20 +335,3 @@ def _write_public(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise from_os_error(error, f"write {path}") from error
-
-
-def _load(directory: Path, name: str) -> Identity:
-    key = read_secret_file(directory / f"{name}.key", what="simulated key")
-    certificate = read_secret_file(directory / f"{name}.pem", what="simulated certificate")
-    return Identity.load(key.reveal(), certificate.reveal(), what=name)
-
-
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    pem = read_secret_file(path, what="simulated key").reveal()
-    try:
-        key = load_pem_private_key(pem, None)
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{path}: not a key") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise FormatError(f"{path}: not an elliptic-curve key")
-    return key

@@ -1,13 +1,14 @@
 """Collateral: Intel's signed statements about platforms, kept beside the verifier.
 
-A file is one JSON object of the shape of dcap-qvl's ``QuoteCollateralV3``; a directory of them is a
-store, found by FMSPC and PCK certificate authority. Nothing here is trusted: signatures and windows
-are checked at each verification. There is no network; fetching is another program's work.
+A file is one JSON object of the shape of dcap-qvl's ``QuoteCollateralV3``; a directory or a tar
+archive of them is a store, found by FMSPC and PCK certificate authority. Nothing here is trusted:
+signatures and windows are checked at each verification. There is no network here;
+``cai.attest.tdx.fetch`` fetches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +18,17 @@ from cryptography import x509
 
 from cai import jcs
 from cai.attest.certificates import LIBRARY_ERRORS, MAX_PEM
-from cai.errors import FormatError, InputError, InputMissing, LimitExceeded, from_os_error
+from cai.attest.tdx.bundle import read_bundle
+from cai.errors import FormatError, InputMissing, LimitExceeded, from_os_error
 
 MAX_COLLATERAL_FILE = 1024 * 1024
 """Largest collateral file that is read, bytes."""
 
 MAX_COLLATERAL_FILES = 1024
 """Most collateral files in one store."""
+
+MAX_BUNDLE = 64 * 1024 * 1024
+"""Largest bundle that is read, bytes."""
 
 MEMBERS = (
     "pck_crl_issuer_chain", "root_ca_crl", "pck_crl", "tcb_info_issuer_chain", "tcb_info",
@@ -47,6 +52,7 @@ class Collateral:
         issued: the latest issue date of its parts; before it nothing verifies.
         expires: the earliest expiry of its parts (certificates not counted).
         eval_data_number: TCB evaluation data number, the generation of the TCB information.
+        signed: when Intel signed the older of TCB information and QE identity.
     """
 
     fmspc: str
@@ -55,6 +61,7 @@ class Collateral:
     issued: datetime
     expires: datetime
     eval_data_number: int
+    signed: datetime
 
     def covers(self, at: datetime) -> bool:
         """Whether ``at`` lies in the validity window."""
@@ -92,14 +99,20 @@ class CollateralStore:
         fresh = [item for item in several if at is None or item.covers(at)]
         return next(iter(fresh or several), None)
 
+    def __iter__(self) -> Iterator[Collateral]:
+        """Every item, by FMSPC and authority, newest first."""
+        for _, several in sorted(self._found.items()):
+            yield from several
+
     def __len__(self) -> int:
         return sum(len(several) for several in self._found.values())
 
 
 def load_collateral(path: Path) -> CollateralStore:
-    """Load a directory of collateral files (``*.json``).
+    """Load a directory or a bundle of collateral files (``*.json``).
 
-    Files for SGX are skipped: no quote that is accepted here can use them.
+    A bundle is an uncompressed tar archive of such files. Files for SGX are skipped: no quote that
+    is accepted here can use them.
 
     Raises:
         InputMissing, InputError, StorageError: the directory or a file cannot be read.
@@ -107,16 +120,19 @@ def load_collateral(path: Path) -> CollateralStore:
     """
     if not path.exists():
         raise InputMissing(f"collateral {path} does not exist", hint="check the path")
-    if not path.is_dir():
-        raise InputError(f"collateral {path} is not a directory of *.json files")
+    named = _directory(path) if path.is_dir() else read_bundle(_read(path, MAX_BUNDLE), str(path))
+    items = [parse_collateral(data, where=name) for name, data in named]
+    return CollateralStore(item for item in items if item is not None)
+
+
+def _directory(path: Path) -> list[tuple[str, bytes]]:
     try:
         files = sorted(item for item in path.iterdir() if item.suffix == ".json")
     except OSError as error:
         raise from_os_error(error, f"list collateral {path}") from error
     if len(files) > MAX_COLLATERAL_FILES:
         raise LimitExceeded(f"collateral {path}: more than {MAX_COLLATERAL_FILES} files")
-    items = [parse_collateral(_read(item), where=str(item)) for item in files]
-    return CollateralStore(item for item in items if item is not None)
+    return [(str(item), _read(item, MAX_COLLATERAL_FILE)) for item in files]
 
 
 def parse_collateral(data: bytes, *, where: str) -> Collateral | None:
@@ -156,15 +172,28 @@ def parse_collateral(data: bytes, *, where: str) -> Collateral | None:
         issued=max(start for start, _ in windows),
         expires=min(end for _, end in windows),
         eval_data_number=number,
+        signed=min(start for start, _ in windows[:2]),
     )
 
 
-def _read(path: Path) -> bytes:
+def members_of(collateral: Collateral) -> dict[str, str]:
+    """The members of parsed collateral by name, each a string.
+
+    Raises:
+        FormatError, LimitExceeded: the text is not collateral.
+    """
+    return _members(collateral.text.encode("utf-8"), "collateral")
+
+
+def _read(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(MAX_COLLATERAL_FILE + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise from_os_error(error, f"read collateral {path}") from error
+    if len(data) > limit:
+        raise LimitExceeded(f"collateral {path}: more than {limit} bytes")
+    return data
 
 
 def _members(data: bytes, where: str) -> dict[str, str]:

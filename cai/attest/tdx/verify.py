@@ -9,68 +9,66 @@ with our own parse, so that the two can never have read different quotes.
 from __future__ import annotations
 
 import hmac
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from typing import Any
 
-import dcap_qvl
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cai.attest.certificates import load_chain
+from cai.attest.certificates import is_plain, load_chain
 from cai.attest.facts import TdxFacts
+from cai.attest.tdx.attributes import bit_errors, has_service_td, is_debug, stamp
 from cai.attest.tdx.collateral import Collateral, CollateralStore
+from cai.attest.tdx.engine import disagreements, facts_of, platform_family, run_engine
+from cai.attest.tdx.pure import verify_pure
 from cai.attest.tdx.quote import TD15, TEE_TDX, Quote, parse_header, parse_quote
 from cai.attest.verdict import Check, Outcome, check, not_asked
-from cai.errors import FormatError, LimitExceeded
+from cai.errors import CaiError, EvidenceRefused, FormatError, InputError, LimitExceeded
 
 PCK_CHAIN_LENGTH = 3
 """Certificates in a quote: PCK leaf, Platform or Processor CA, root."""
 
-DEBUG = 1 << 0
-SEPT_VE_DISABLE = 1 << 28
-MIGRATABLE = 1 << 29
-PERMITTED = SEPT_VE_DISABLE | 1 << 27 | 1 << 30 | 1 << 31 | 1 << 63
-"""Bits of td_attributes that may be set: SEPT_VE_DISABLE, LASS, PKS, KL, PERFMON.
+NO_COLLATERAL = "there is no collateral for this platform"
+"""Reason of a failed ``tdx.collateral`` that more collateral would mend."""
 
-The policy then compares the exact value; this only keeps out what no policy may let in.
-"""
-
-MAX_ENGINE_TEXT = 200
-"""Characters of the engine's error text that a verdict carries."""
-
-_ENGINE_NAMES = {
-    "tcb_svn": "tee_tcb_svn", "mrsigner_seam": "mr_signer_seam", "rtmr_0": "rt_mr0",
-    "rtmr_1": "rt_mr1", "rtmr_2": "rt_mr2", "rtmr_3": "rt_mr3",
-}  # fmt: skip
-"""Where the engine names a body field otherwise than Trustee does."""
-
+ENGINES = ("dcap-qvl", "pure")
+"""The engines by the names that facts give them."""
 
 @dataclass(frozen=True, slots=True)
 class TdxResult:
-    """Checks in order, and the facts when every one of them passed."""
+    """Checks in order, and what came out.
+
+    Attributes:
+        checks: every one of them.
+        facts: if every check passed.
+        platform: which platform it is, where the engine and our parse agree on a genuine quote,
+            whatever else failed; a refusal names the machine by it and nothing rests on it.
+    """
 
     checks: tuple[Check, ...]
     facts: TdxFacts | None
+    platform: TdxFacts | None = None
 
 
 def verify_quote(
     quote: bytes,
     *,
-    report_data: bytes,
+    report_data: bytes | None,
     root: bytes,
     collateral: CollateralStore,
     now: datetime,
+    require_agreement: bool = False,
 ) -> TdxResult:
     """Make every hard check of a quote.
 
     Args:
         quote: as the guest gave it, padding included.
-        report_data: the 64 bytes that the quote must carry.
+        report_data: the 64 bytes that the quote must carry; ``None`` does not ask, which is for
+            files alone: no protocol may pass it.
         root: DER of the pinned root.
         collateral: where to find Intel's statements about the platform.
         now: time of the verification, timezone-aware.
+        require_agreement: the second engine must say the same (step 11).
     """
     checks: list[Check] = []
     parsed = _parse(quote, checks)
@@ -81,9 +79,11 @@ def verify_quote(
     _check_attributes(parsed, checks)
     _check_root(parsed, root, checks)
     found = _find_collateral(parsed, collateral, now, checks)
-    claims = _run_engine(parsed, found, root, now, checks)
-    if claims is None:
+    claims = _run_first(parsed, found, root, now, checks)
+    second = _run_second(parsed, found, root, now) if require_agreement and found else None
+    if claims is None or found is None:
         checks.append(not_asked("tdx.parse_agreement", reason="there is nothing to compare with"))
+        checks.append(not_asked("tdx.second_engine", _told(second), "the first engine refuses"))
         return TdxResult(tuple(checks), None)
     differing = disagreements(parsed, claims)
     checks.append(
@@ -94,20 +94,52 @@ def verify_quote(
             reason="parser and engine read different quotes",
         )
     )
-    if any(item.outcome is Outcome.FAIL for item in checks):
-        return TdxResult(tuple(checks), None)
     try:
-        facts = _facts(parsed, claims)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        checks.append(check("tdx.claims", passed=False, observed=type(error).__name__,
-                            reason="the engine's claims have an unexpected form"))  # fmt: skip
+        facts = facts_of(parsed, claims, found)
+    except FormatError as error:
+        checks.append(check("tdx.claims", passed=False, reason=error.message))
         return TdxResult(tuple(checks), None)
-    return TdxResult(tuple(checks), facts)
+    if second is None:
+        checks.append(not_asked("tdx.second_engine"))
+    else:
+        checks.append(_agreement(facts, second))
+        if checks[-1].outcome is Outcome.PASS:
+            facts = replace(facts, engines=ENGINES)
+    failed = any(item.outcome is Outcome.FAIL for item in checks)
+    return TdxResult(tuple(checks), None if failed else facts, None if differing else facts)
+
+
+def _run_second(
+    quote: Quote, collateral: Collateral, root: bytes, now: datetime
+) -> TdxFacts | CaiError:
+    try:
+        return verify_pure(quote, collateral, root=root, now=now)
+    except (EvidenceRefused, InputError) as error:
+        return error
+
+
+def _told(second: TdxFacts | CaiError | None) -> str | None:
+    if second is None:
+        return None
+    return second.message if isinstance(second, CaiError) else second.tcb_status
+
+
+def _agreement(first: TdxFacts, second: TdxFacts | CaiError) -> Check:
+    # (11) Status, advisories, identity, dates and every field of header and body.
+    if isinstance(second, CaiError):
+        return check("tdx.second_engine", passed=False, observed="refused",
+                     expected=first.tcb_status, reason=second.message)  # fmt: skip
+    names = [item.name for item in fields(TdxFacts)]
+    wrong = [name for name in names if getattr(first, name) != getattr(second, name)]
+    return check(
+        "tdx.second_engine", passed=not wrong, observed=", ".join(wrong) or second.tcb_status,
+        expected=first.tcb_status, reason="the two engines do not agree",
+    )  # fmt: skip
 
 
 _AFTER_PARSING = (
     "tdx.report_data", "tdx.debug", "tdx.attributes", "tdx.service_td", "tdx.root",
-    "tdx.collateral", "tdx.genuine", "tdx.parse_agreement",
+    "tdx.collateral", "tdx.genuine", "tdx.parse_agreement", "tdx.second_engine",
 )  # fmt: skip
 
 
@@ -134,9 +166,12 @@ def _parse(data: bytes, checks: list[Check]) -> Quote | None:
     return parsed
 
 
-def _check_report_data(quote: Quote, expected: bytes, checks: list[Check]) -> None:
+def _check_report_data(quote: Quote, expected: bytes | None, checks: list[Check]) -> None:
     # (3) All 64 bytes, so that a stock digest never stands for one of our statements.
     observed = quote.body["report_data"]
+    if expected is None:
+        checks.append(not_asked("tdx.report_data", observed.hex(), "nobody says what it should be"))
+        return
     checks.append(
         check(
             "tdx.report_data",
@@ -149,35 +184,27 @@ def _check_report_data(quote: Quote, expected: bytes, checks: list[Check]) -> No
 
 
 def _check_attributes(quote: Quote, checks: list[Check]) -> None:
-    attributes = int.from_bytes(quote.body["td_attributes"], "little")
-    text = quote.body["td_attributes"].hex()
     # (4) A debug TD has no secrets from its host.
+    debug = is_debug(quote)
     checks.append(
         check(
-            "tdx.debug", passed=not attributes & DEBUG, observed="on" if attributes & DEBUG
-            else "off", expected="off", reason="the host can read and change a debug guest",
+            "tdx.debug", passed=not debug, observed="on" if debug else "off", expected="off",
+            reason="the host can read and change a debug guest",
         )
     )  # fmt: skip
     # (5) SEPT_VE_DISABLE on, MIGRATABLE off, no reserved or untrusted bit.
-    wrong = [
-        reason
-        for bad, reason in (
-            (not attributes & SEPT_VE_DISABLE, "SEPT_VE_DISABLE is off"),
-            (attributes & MIGRATABLE, "the guest can be migrated"),
-            (attributes & ~(PERMITTED | MIGRATABLE | DEBUG), "an unknown attribute is set"),
-        )
-        if bad
-    ]
+    wrong = bit_errors(quote)
+    text = quote.body["td_attributes"].hex()
     checks.append(
         check("tdx.attributes", passed=not wrong, observed=text, reason="; ".join(wrong) or None)
     )
     # (6) A service TD could read or move the guest.
     if quote.body_type == TD15:
-        service = quote.body["mr_service_td"]
         checks.append(
             check(
-                "tdx.service_td", passed=not any(service), observed=service.hex(),
-                expected="zero", reason="a service TD is bound to the guest",
+                "tdx.service_td", passed=not has_service_td(quote),
+                observed=quote.body["mr_service_td"].hex(), expected="zero",
+                reason="a service TD is bound to the guest",
             )
         )  # fmt: skip
     else:
@@ -193,6 +220,9 @@ def _check_root(quote: Quote, root: bytes, checks: list[Check]) -> None:
         reason = "the quote's certificates lead to another root than the pinned one"
         if len(chain) != PCK_CHAIN_LENGTH:
             carried, reason = b"", f"{len(chain)} certificates, expected {PCK_CHAIN_LENGTH}"
+        elif not is_plain(quote.pck_chain, chain):
+            # So that no byte of a quote is free: Intel's services write exactly this.
+            carried, reason = b"", "the certificates are not in canonical PEM"
     except (FormatError, LimitExceeded) as error:
         carried, reason = b"", error.message
     checks.append(check("tdx.root", passed=carried == root, reason=reason))
@@ -203,17 +233,16 @@ def _find_collateral(
 ) -> Collateral | None:
     # (8) Unauthenticated look-up terms; the engine compares FMSPC and issuer again.
     try:
-        unverified = dcap_qvl.parse_quote(quote.data)
-        fmspc, authority = str(unverified.fmspc()).lower(), str(unverified.ca())
-    except ValueError as error:
-        checks.append(check("tdx.collateral", passed=False, reason=_first_line(error)))
+        fmspc, authority = platform_family(quote)
+    except FormatError as error:
+        checks.append(check("tdx.collateral", passed=False, reason=error.message))
         return None
     found = store.find(fmspc, authority, now)
     if found is None:
         checks.append(
             check(
                 "tdx.collateral", passed=False, observed=f"FMSPC {fmspc}, {authority} CA",
-                reason="there is no collateral for this platform",
+                reason=NO_COLLATERAL,
             )
         )  # fmt: skip
         return None
@@ -221,94 +250,26 @@ def _find_collateral(
         check(
             "tdx.collateral",
             passed=found.covers(now),
-            observed=f"{_stamp(found.issued)} to {_stamp(found.expires)}",
-            expected=_stamp(now),
+            observed=f"{stamp(found.issued)} to {stamp(found.expires)}",
+            expected=stamp(now),
             reason="the collateral is not valid at this time",
         )
     )
     return found
 
 
-def _run_engine(
+def _run_first(
     quote: Quote, collateral: Collateral | None, root: bytes, now: datetime, checks: list[Check]
 ) -> dict[str, Any] | None:
     # (9) Signatures, chains, revocation, QE identity, TCB level: all of it, or one error.
     if collateral is None:
         checks.append(not_asked("tdx.genuine", reason="there is no collateral to verify with"))
         return None
-    seconds = int(now.timestamp())
     try:
-        result = dcap_qvl.QuoteVerifier(root).verify_with_policy(
-            quote.data,
-            dcap_qvl.QuoteCollateralV3.from_json(collateral.text),
-            seconds,
-            dcap_qvl.QuotePolicy.claims_only(seconds),
-        )
-        claims: dict[str, Any] = json.loads(result.to_json())
-    except (ValueError, OverflowError) as error:
-        checks.append(check("tdx.genuine", passed=False, reason=_first_line(error)))
+        claims = run_engine(quote, collateral, root=root, now=now)
+    except EvidenceRefused as error:
+        checks.append(check("tdx.genuine", passed=False, reason=error.message))
         return None
     status = claims.get("tcb", {}).get("status")
     checks.append(check("tdx.genuine", passed=True, observed=f"TCB {status}"))
     return claims
-
-
-def disagreements(quote: Quote, claims: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which the engine's claims differ from our parse (step 10)."""
-    wrong: list[str] = []
-    header = claims.get("header", {})
-    expected_header = {
-        "version": quote.header.version,
-        "attestation_key_type": quote.header.key_type,
-        "tee_type": quote.header.tee_type,
-        "qe_vendor_id": quote.header.fields["vendor_id"].hex(),
-        "user_data": quote.header.fields["user_data"].hex(),
-    }
-    wrong += [f"header.{name}" for name, value in expected_header.items()
-              if header.get(name) != value]  # fmt: skip
-    report = claims.get("report", {})
-    if quote.body_type == TD15:
-        outer = report.get("TD15", {})
-        engine = {**outer, **outer.get("base", {})}
-    else:
-        engine = report.get("TD10", {})
-    for name, value in quote.body.items():
-        if engine.get(_ENGINE_NAMES.get(name, name)) != value.hex():
-            wrong.append(f"body.{name}")
-    qe_report = claims.get("qe", {}).get("report", {})
-    if qe_report.get("report_data") != quote.qe_report[320:384].hex():
-        wrong.append("qe_report.report_data")
-    return wrong
-
-
-def _facts(quote: Quote, claims: Mapping[str, Any]) -> TdxFacts:
-    tcb, platform = claims["tcb"], claims["platform"]
-    pck = platform["pck"]
-    expires = min(claims["earliest_expiration_date"], claims["qe_iden_earliest_expiration_date"])
-    return TdxFacts(
-        header={name: value.hex() for name, value in quote.header.fields.items()},
-        body={name: value.hex() for name, value in quote.body.items()},
-        debug=False,
-        tcb_status=str(tcb["status"]),
-        tcb_date=str(platform["tcb_level"]["tcbDate"]),
-        advisory_ids=tuple(sorted(str(item) for item in tcb["advisory_ids"])),
-        fmspc=bytes(pck["fmspc"]).hex(),
-        ppid=bytes(pck["ppid"]).hex(),
-        eval_data_number=int(tcb["eval_data_number"]),
-        collateral_expires=_stamp(datetime.fromtimestamp(expires, UTC)),
-        platform_instance_id=bytes(pck["platform_instance_id"] or b"").hex(),
-        pck_flags={
-            name: str(pck[name]).lower() for name in ("dynamic_platform", "cached_keys",
-                                                      "smt_enabled")
-        },
-    )  # fmt: skip
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _first_line(error: Exception) -> str:
-    """The engine's causes on one line; its wording may change, nothing matches on it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " / ".join(lines)[:MAX_ENGINE_TEXT] or type(error).__name__

@@ -131,11 +131,13 @@ def test_every_certificate_says_simulated(platform: SimulatedPlatform, platform_
 def test_private_files_are_private(platform_dir: Path) -> None:
     private = platform_dir / "platform"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    keys = sorted(private.glob("*.key"))
-    assert len(keys) == 4 + 3 + 1 + 16
-    assert all(stat.S_IMODE(key.stat().st_mode) == 0o600 for key in keys)
+    assert {path.name for path in private.iterdir()} == {"seed.key", "platform.json"}
+    assert stat.S_IMODE((private / "seed.key").stat().st_mode) == 0o600
+    seed = (private / "seed.key").read_bytes()
+    assert len(seed) == 64
     public = b"".join(path.read_bytes() for path in (platform_dir / "anchors").rglob("*.*"))
     assert b"PRIVATE KEY" not in public
+    assert seed not in public
 
 
 def test_a_loaded_platform_is_the_same_hardware(
@@ -183,13 +185,20 @@ def test_load_refuses_what_is_no_platform(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a simulated platform"):
         SimulatedPlatform.load(tmp_path)
     SimulatedPlatform.create(tmp_path / "one", now=NOW)
-    key = tmp_path / "one" / "platform" / "intel-pck.key"
-    key.write_text("garbage")
-    with pytest.raises(FormatError, match="intel-pck"):
+    private = tmp_path / "one" / "platform"
+    (private / "seed.key").write_text("garbage")
+    with pytest.raises(FormatError, match="not hex"):
         SimulatedPlatform.load(tmp_path / "one")
-    key.unlink()
+    (private / "seed.key").unlink()
     with pytest.raises(InputMissing):
         SimulatedPlatform.load(tmp_path / "one")
+    for text in ("garbage", '{"format":1}', '{"format":2}',
+                 '{"format":2,"made":"yesterday","pck_flags":[]}',
+                 '{"format":2,"made":"2026-01-01T00:00:00","pck_flags":[]}'):  # fmt: skip
+        (private / "seed.key").write_text("00")
+        (private / "platform.json").write_text(text)
+        with pytest.raises(FormatError):
+            SimulatedPlatform.load(tmp_path / "one")
 
 
 def test_collateral_lasts_thirty_days_and_can_be_renewed(tmp_path: Path) -> None:
@@ -225,6 +234,24 @@ def test_command_line(tmp_path: Path) -> None:
     assert run("renew", str(tmp_path / "one")).returncode == 0
     assert run("renew", str(tmp_path / "two")).returncode == 3
     assert run().returncode == run("create").returncode == run("destroy", "x").returncode == 2
+
+
+def test_command_line_dials(tmp_path: Path) -> None:
+    from cai.attest.gpu.ocsp_store import load_ocsp
+
+    for name in ("one", "two"):
+        made = run("create", str(tmp_path / name), "--seed", "words")
+        assert "seed" in made.stdout
+    assert load_ocsp(tmp_path / "one" / "anchors" / "ocsp").answers
+    done = run(
+        "renew", str(tmp_path / "one"), "--tcb-status", "OutOfDate",
+        "--advisory", "INTEL-SA-01099", "--revoke", "GH100 A01 GSP BROM",
+    )
+    assert done.returncode == 0, done.stderr
+    (collateral,) = (tmp_path / "one" / "anchors" / "collateral").glob("*.json")
+    text = collateral.read_text()
+    assert "OutOfDate" in text
+    assert "INTEL-SA-01099" in text
 
 
 def test_verification_never_imports_the_simulator() -> None:

@@ -140,7 +140,7 @@ def test_directory(tmp_path: Path, members: dict[str, str]) -> None:
     file.write_bytes(encoded(members))
     (tmp_path / "readme.txt").write_text("not read")
     assert len(load_collateral(tmp_path)) == 1
-    with pytest.raises(InputError, match="not a directory"):
+    with pytest.raises(InputError, match="neither a directory nor a tar"):
         load_collateral(file)
     (tmp_path / "two.json").write_bytes(b" " * (MAX_COLLATERAL_FILE + 1))
     with pytest.raises(LimitExceeded, match=r"two\.json"):

@@ -91,7 +91,9 @@ def verdict(result: TdxResult) -> str:
         return "fail"
     body = result.facts.body
     policy = VerificationPolicy.parse(POLICY.format(**body).encode(), where="policy.toml")
-    checks = policy.appraise(Facts(result.facts, (), "", simulated=False))
+    checks = policy.appraise(
+        Facts(result.facts, (), "", simulated=False), now=datetime.now(UTC)
+    )
     return "fail" if any(item.outcome is Outcome.FAIL for item in checks) else "pass"
 
 
