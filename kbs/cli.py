@@ -57,7 +57,7 @@ def serve(
         typer.Option(help="Key encryption key, outside DATA; default DATA-kek/kek."),
     ] = None,
     collateral: Annotated[
-        Path | None, typer.Option(help="Directory of Intel's collateral.")
+        Path | None, typer.Option(help="Bundle or directory of Intel's collateral.")
     ] = None,
     rims: Annotated[
         Path | None, typer.Option(help="Directory of NVIDIA's reference measurements.")

@@ -55,7 +55,7 @@ class ServeSettings:
         listen: ``HOST:PORT`` of the main listener.
         admin_listen: ``HOST:PORT`` of the admin listener; loopback only.
         kek: key encryption key file; by default beside ``data``.
-        collateral: directory of Intel collateral.
+        collateral: bundle or directory of Intel's collateral.
         unsafe_simulated_root: directory of a simulator's public parts; the simulated realm.
         rims: directory of NVIDIA's reference measurements.
         ocsp: directory of NVIDIA's revocation answers.

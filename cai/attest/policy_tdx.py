@@ -154,6 +154,10 @@ def parse_tdx(section: Section, unsafe: list[str]) -> TdxPolicy:
     status = choices(section, "tcb_status", SOUND_STATUS, ["UpToDate"], hints=hints)
     loosened_status = choices(section, "unsafe_tcb_status", UNSOUND_STATUS, [])
     exceptions = _exceptions(section)
+    if not (status or loosened_status or exceptions):
+        raise SettingError(
+            f"{section.where}: no TCB status is accepted", hint="list at least UpToDate"
+        )
     unsafe += ["tdx.unsafe_tcb_status"] * bool(loosened_status)
     unsafe += ["tdx.exception"] * bool(exceptions)
     policy = TdxPolicy(

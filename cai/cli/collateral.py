@@ -150,21 +150,32 @@ def _described(item: Collateral, root: bytes, now: datetime) -> dict[str, Any]:
         state = "valid"
     except CaiError as error:
         state = error.message
-    stamp = "%Y-%m-%dT%H:%M:%SZ"
     return {
         "fmspc": item.fmspc, "ca": item.ca, "tcb_eval_data_number": item.eval_data_number,
-        "signed": item.signed.strftime(stamp), "expires": item.expires.strftime(stamp),
+        "signed": _stamp(item.signed), "expires": _stamp(item.expires),
         "days_left": (item.expires - now).days, "state": state,
+        "parts": {
+            part: {"issued": _stamp(start), "expires": _stamp(end)}
+            for part, (start, end) in item.windows.items()
+        },
     }  # fmt: skip
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _table(items: Any) -> Table:
     table = Table(box=None, padding=(0, 1))
-    names = ("fmspc", "ca", "tcb_eval_data_number", "signed", "expires", "days_left", "state")
-    for name in names:
-        table.add_column(name.replace("_", " "), overflow="fold")
+    names = ("fmspc", "ca", "tcb_eval_data_number", "signed", "expires", "days_left")
+    for heading in ("FMSPC", "CA", "TCB", "signed", "expires", "days"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("state", overflow="fold")
     for item in items:
-        table.add_row(*(str(item[name]) for name in names))
+        table.add_row(*(str(item[name]).removesuffix("Z") for name in names), item["state"])
+        for part, window in item["parts"].items():
+            end = window["expires"].removesuffix("Z")
+            table.add_row("", "", "", part, end, "", "")
     return table
 
 

@@ -31,7 +31,8 @@ TDX = TdxFacts(
     tcb_status="UpToDate", tcb_date="2025-05-14T00:00:00Z", advisory_ids=("INTEL-SA-1",),
     fmspc="b0c06f000000", ppid="81" * 16, eval_data_number=19,
     collateral_expires="2026-12-20T00:00:00Z", platform_instance_id="07" * 16,
-    pck_flags={"smt_enabled": "true"},
+    pck_flags={"smt_enabled": "true"}, collateral_issued="2026-11-20T00:00:00Z",
+    engines=("dcap-qvl", "pure"),
 )  # fmt: skip
 DEVICE = DeviceFacts(
     "HOPPER", "GH100 A01 GSP BROM", "4711", "580.95.05", "96.00.74.00.1A", "fe" * 48,
@@ -40,7 +41,11 @@ DEVICE = DeviceFacts(
 FACTS = Facts(
     TDX, (DEVICE, replace(DEVICE, ueid="4712")), "ee" * 32, simulated=True,
     launch_digest="ab" * 48, guest={"profile": "operated"},
-    models=(ServedModel("aa" * 32, "bb" * 32, ("tools",)),),
+    models=(ServedModel("aa" * 32, "bb" * 32, ("tools",)),), runtime_events=("cai ready",),
+    event_claims=(
+        {"index": 1, "type_name": "EV_SEPARATOR", "event": "AAAAAA==", "details": {},
+         "digests": [{"alg": "SHA-384", "digest": "ab" * 48}], "digest_matches_event": True},
+    ),
 )  # fmt: skip
 
 
@@ -62,6 +67,10 @@ def test_claims_have_trustees_names() -> None:
         "perfmon": False,
     }
     assert tdx["collateral_expiration_status"] == "0"
+    assert tdx["uefi_event_logs"][0]["type_name"] == "EV_SEPARATOR"
+    assert claims["cpu0"]["cai"]["runtime_events"] == ["cai ready"]  # type: ignore[index]
+    bare = dict(replace(FACTS, runtime_events=None, event_claims=None).claims())
+    assert "uefi_event_logs" not in bare["cpu0"]["tdx"]  # type: ignore[operator]
     assert claims["cpu0"]["report_data"] == "ff" * 64
     assert claims["cpu0"]["init_data"] == "00" * 48
     assert claims["cpu0"]["cai"]["simulated"] is True  # type: ignore[index]
@@ -108,6 +117,10 @@ def damaged(path: str, value: object) -> dict[str, Any]:
         ("devices.0.more", "x"), ("devices.1.measurements", []), ("simulated", None),
         ("simulated", "true"), ("guest", None), ("guest", {"a": 1}), ("models", "x"),
         ("models.0.root", None), ("models.0.allow", [1]), ("launch_digest", 1), ("more", 1),
+        ("tdx.engines", None), ("tdx.engines", "pure"), ("tdx.collateral_issued", None),
+        ("runtime_events", "x"), ("runtime_events", [1]), ("event_claims", {}),
+        ("event_claims", [1]), ("event_claims", [{}]), ("event_claims.0.index", None),
+        ("event_claims.0.more", 1),
     ],
 )  # fmt: skip
 def test_damaged_facts_are_refused(path: str, value: object) -> None:

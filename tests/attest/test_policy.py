@@ -266,6 +266,7 @@ def test_gpu_count() -> None:
         ((line("mr_td"), f'mr_td = ["*{"1" * 95}"]'), "96 lower-case hex"),
         ((line("xfam"), 'xfam = ["e7"]'), "16 lower-case hex"),
         (('"HOPPER"', '"hopper"'), "architectures"),
+        ((line("tcb_status"), "tcb_status = []"), "no TCB status"),
         ((line("mr_td"), line("mr_td") + "\nmin_eval_data_number = -1"), "min_eval_data_number"),
         ((line("mr_td"), line("mr_td") + "\nppid = [" + '"",' * 257 + "]"), "more than"),
         ((line("launch_digest"), line("launch_digest") + "\nunsafe_any_launch_digest = true"),

@@ -32,8 +32,8 @@ from cai.attest.policy import VerificationPolicy
 from cai.attest.reference import parse_measurements
 from cai.attest.statement import ChannelStatement
 from cai.attest.tdx.collateral import CollateralStore, parse_collateral
-from cai.attest.tdx.collect import boot_log_end
 from cai.attest.tdx.eventlog import launched, parse_event_log
+from cai.attest.tdx.log_records import boot_log_end
 from cai.attest.tdx.pck import parse_sgx_extension
 from cai.attest.tdx.quote import parse_header, parse_quote
 from cai.attest.tdx.verify import verify_quote

@@ -14,6 +14,7 @@ import pytest
 from cai.attest import rcar
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.jwk import b64u_decode
+from cai.attest.policy import policy_for
 from cai.attest.statement import ReleaseStatement, stock_report_data
 from tests.kbs.world import SECRET_TEXT, URI, Site, Visitor
 
@@ -617,3 +618,33 @@ def test_many_guests_at_once(allowed: Site, visitor: Visitor) -> None:
         assert set(pool.map(visit, range(16))) == {SECRET_TEXT}
     rows = allowed.audit()
     assert [row["seq"] for row in rows] == list(range(len(rows)))
+
+
+# Demands on how evidence was verified.
+
+
+def test_both_engines_verify_where_the_policy_demands_it(site: Site, visitor: Visitor) -> None:
+    site.allow(visitor)
+    _, before = visitor.attested(site)
+    text = policy_for(visitor.facts()).replace(b"[gpu]", b"require_agreement = true\n[gpu]")
+    assert site.set_policy("verification-policy", text).status_code == 200
+    # Facts of before the demand do not meet it; those of a new session do.
+    assert site.get(before).status_code == 403
+    assert failed(site.last("release")) == {"tdx.engines"}
+    _, cookie = visitor.attested(site)
+    assert visitor.open(site.get(cookie)) == SECRET_TEXT
+    assert site.last("attest")["hardware"]["engines"] == "dcap-qvl, pure"
+    assert site.last("release")["hardware"]["collateral_age"].endswith("days")
+
+
+def test_a_dated_exception_ends_for_old_sessions_too(site: Site, visitor: Visitor) -> None:
+    site.allow(visitor)
+    _, cookie = visitor.attested(site)
+    table = '[[tdx.exception]]\nstatus = "UpToDate"\nadvisories = []\nexpires = "{}"\n'
+    for expires, status in (("2999-01-01T00:00:00Z", 200), ("2020-01-01T00:00:00Z", 403)):
+        text = policy_for(visitor.facts()).replace(
+            b'tcb_status = ["UpToDate"]', f"tcb_status = []\n{table.format(expires)}".encode()
+        )
+        assert site.set_policy("verification-policy", text).status_code == 200
+        assert site.get(cookie).status_code == status
+    assert failed(site.last("release")) == {"tdx.tcb_status"}

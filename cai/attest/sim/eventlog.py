@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha384
 
-from cai.attest.tdx.collect import ALGORITHM_SHA384, STOP, event_record, runtime_record
+from cai.attest.tdx.log_records import ALGORITHM_SHA384, STOP, event_record, runtime_record
 
 EV_NO_ACTION = 3
 EV_SEPARATOR = 4

@@ -53,6 +53,8 @@ class Collateral:
         expires: the earliest expiry of its parts (certificates not counted).
         eval_data_number: TCB evaluation data number, the generation of the TCB information.
         signed: when Intel signed the older of TCB information and QE identity.
+        windows: issue and expiry of each part: ``tcb_info``, ``qe_identity``, ``pck_crl``,
+            ``root_ca_crl``.
     """
 
     fmspc: str
@@ -62,6 +64,7 @@ class Collateral:
     expires: datetime
     eval_data_number: int
     signed: datetime
+    windows: Mapping[str, tuple[datetime, datetime]]
 
     def covers(self, at: datetime) -> bool:
         """Whether ``at`` lies in the validity window."""
@@ -159,20 +162,22 @@ def parse_collateral(data: bytes, *, where: str) -> Collateral | None:
     if not isinstance(number, int) or isinstance(number, bool):
         raise FormatError(f"{where}: tcb_info has no tcbEvaluationDataNumber")
     pck_crl = _crl(members["pck_crl"], f"{where}: pck_crl")
-    windows = [
-        _json_window(tcb, f"{where}: tcb_info"),
-        _json_window(identity, f"{where}: qe_identity"),
-        _crl_window(pck_crl, f"{where}: pck_crl"),
-        _crl_window(_crl(members["root_ca_crl"], f"{where}: root_ca_crl"), f"{where}: root_ca_crl"),
-    ]
+    root_crl = _crl(members["root_ca_crl"], f"{where}: root_ca_crl")
+    windows = {
+        "tcb_info": _json_window(tcb, f"{where}: tcb_info"),
+        "qe_identity": _json_window(identity, f"{where}: qe_identity"),
+        "pck_crl": _crl_window(pck_crl, f"{where}: pck_crl"),
+        "root_ca_crl": _crl_window(root_crl, f"{where}: root_ca_crl"),
+    }
     return Collateral(
         fmspc=fmspc.lower(),
         ca=_authority(pck_crl, where),
         text=data.decode("utf-8"),
-        issued=max(start for start, _ in windows),
-        expires=min(end for _, end in windows),
+        issued=max(start for start, _ in windows.values()),
+        expires=min(end for _, end in windows.values()),
         eval_data_number=number,
-        signed=min(start for start, _ in windows[:2]),
+        signed=min(windows[part][0] for part in ("tcb_info", "qe_identity")),
+        windows=windows,
     )
 
 
@@ -226,11 +231,11 @@ def _json_window(value: dict[str, Any], where: str) -> tuple[datetime, datetime]
         text = value.get(name)
         try:
             moment = datetime.fromisoformat(text if isinstance(text, str) else "")
-        except ValueError as error:
+            if moment.tzinfo is None:
+                raise FormatError(f"{where}: {name} has no time zone")
+            times.append(moment.astimezone(UTC))
+        except (ValueError, OverflowError) as error:
             raise FormatError(f"{where}: {name} is not a time") from error
-        if moment.tzinfo is None:
-            raise FormatError(f"{where}: {name} has no time zone")
-        times.append(moment)
     return times[0], times[1]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import struct
 import threading
 from collections.abc import Sequence
 from hashlib import sha384
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cai.attest.statement import REPORT_DATA_SIZE
+from cai.attest.tdx.log_records import STOP, boot_log_end, runtime_record
 from cai.attest.tdx.quote import MAX_QUOTE
 from cai.attest.tdx.runtime_events import replay
 from cai.errors import (
@@ -51,16 +51,6 @@ MAX_ATTRIBUTE = 4096
 
 QUOTE_TRIES = 3
 """How often a quote is asked for when another writer got in between."""
-
-RUNTIME_REGISTER = 4
-"""CC measurement register index of RTMR3."""
-
-EVENT_TAG = 6
-"""TCG event type EV_EVENT_TAG, which the agent's events have."""
-
-ALGORITHM_SHA384 = 0x000C
-STOP = b"\xff" * 8
-"""What ends an event log that is not padded."""
 
 REGISTER_SIZE = 48
 
@@ -279,71 +269,6 @@ class TdxGuest:
             self._files.write(path, data)
         except OSError as error:
             raise _unusable(error, f"write /{path}", hint) from error
-
-
-def runtime_record(event: bytes) -> bytes:
-    """One runtime event as the log carries it: TCG crypto-agile form, RTMR3, SHA-384.
-
-    Args:
-        event: the tagged event (``cai.attest.tdx.runtime_events.tagged_event``).
-    """
-    return event_record(RUNTIME_REGISTER, EVENT_TAG, event, sha384(event).digest())
-
-
-def event_record(register: int, kind: int, data: bytes, digest: bytes) -> bytes:
-    """One record of an event log with a SHA-384 digest (evidence.md §4.2).
-
-    Args:
-        register: CC measurement register index, 1 to 4 for RTMR0 to RTMR3.
-        kind: TCG event type.
-        data: the event data.
-        digest: what the register was extended with, 48 bytes.
-    """
-    head = struct.pack("<IIIH", register, kind, 1, ALGORITHM_SHA384)
-    return head + digest + struct.pack("<I", len(data)) + data
-
-
-def boot_log_end(area: bytes) -> int:
-    """Where the records of a log area end and its padding begins.
-
-    Walks the records without judging them; the verifier's parser does that.
-
-    Raises:
-        FormatError: a record goes beyond the area.
-    """
-    size = _field(area, 28)
-    position = 32 + size
-    sizes = _digest_sizes(area[32:position])
-    while position + 8 <= len(area):
-        if area[position : position + 8] in (STOP, bytes(8)):
-            return position
-        count = _field(area, position + 8)
-        position += 12
-        for _place in range(count):
-            algorithm = int.from_bytes(area[position : position + 2], "little")
-            if algorithm not in sizes or position + 2 > len(area):
-                raise FormatError("event log: a digest of an algorithm that was not announced")
-            position += 2 + sizes[algorithm]
-        position += 4 + _field(area, position)
-        if position > len(area):
-            raise FormatError("event log: a record goes beyond the log area")
-    return position
-
-
-def _digest_sizes(specification: bytes) -> dict[int, int]:
-    """Algorithm id to digest size, from the data of the first record."""
-    count = _field(specification, 24)
-    if 28 + 4 * count > len(specification):
-        raise FormatError("event log: the first record is cut short")
-    pairs = struct.iter_unpack("<HH", specification[28 : 28 + 4 * count])
-    return dict(pairs)
-
-
-def _field(data: bytes, position: int) -> int:
-    part = data[position : position + 4]
-    if len(part) != 4:
-        raise FormatError("event log: ends inside a record")
-    return int.from_bytes(part, "little")
 
 
 def _unusable(error: OSError, doing: str, hint: str | None) -> CaiError:

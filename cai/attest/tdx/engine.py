@@ -13,9 +13,9 @@ from typing import Any
 
 import dcap_qvl
 
-from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import stamp
 from cai.attest.tdx.collateral import Collateral
+from cai.attest.tdx.facts import TdxFacts
 from cai.attest.tdx.quote import TD15, Quote
 from cai.errors import EvidenceRefused, FormatError
 

@@ -14,9 +14,9 @@ from hashlib import sha256
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cai.attest.certificates import LIBRARY_ERRORS
-from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import attribute_errors, stamp
 from cai.attest.tdx.collateral import Collateral, members_of
+from cai.attest.tdx.facts import TdxFacts
 from cai.attest.tdx.pck import PckExtension, pck_extension
 from cai.attest.tdx.quote import TD15, Quote
 from cai.attest.tdx.signed import (

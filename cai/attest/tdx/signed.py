@@ -6,7 +6,7 @@ without a quote, when it is fetched or shown.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -111,9 +111,10 @@ class Revocation:
             raise FormatError("revocation list: unusable") from error
         if not genuine:
             raise EvidenceRefused("a revocation list is not signed by its issuer")
-        # A critical extension could make the list a partial one.
-        if strange or end is None or not start <= self._now < end:
-            raise EvidenceRefused("a revocation list is partial or not valid at this time")
+        if strange:  # it could make the list a partial one
+            raise EvidenceRefused("a revocation list has an unknown critical extension")
+        if end is None or not start <= self._now < end:
+            raise EvidenceRefused("a revocation list is not valid at this time")
         self.ends.append(end)
 
     def _absent(
@@ -195,11 +196,11 @@ def signed_part(
 def _moment(value: Members, name: str) -> datetime:
     try:
         moment = datetime.fromisoformat(value.text(name))
-    except ValueError as error:
+        if moment.tzinfo is None:
+            raise FormatError(f"{value.where}: {name} has no time zone")
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise FormatError(f"{value.where}: {name} is not a time") from error
-    if moment.tzinfo is None or abs(moment.utcoffset() or timedelta()) > timedelta(hours=14):
-        raise FormatError(f"{value.where}: {name} has no usable time zone")
-    return moment
 
 
 def check_signature(key: object, signature: bytes, data: bytes, what: str) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cai.attest.certificates import is_plain, load_chain
-from cai.attest.facts import TdxFacts
 from cai.attest.tdx.attributes import bit_errors, has_service_td, is_debug, stamp
 from cai.attest.tdx.collateral import Collateral, CollateralStore
 from cai.attest.tdx.engine import disagreements, facts_of, platform_family, run_engine
+from cai.attest.tdx.facts import TdxFacts
 from cai.attest.tdx.pure import verify_pure
 from cai.attest.tdx.quote import TD15, TEE_TDX, Quote, parse_header, parse_quote
 from cai.attest.verdict import Check, Outcome, check, not_asked

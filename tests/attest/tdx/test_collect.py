@@ -14,12 +14,10 @@ from cai.attest.tdx.collect import (
     CCEL_DATA,
     MEASUREMENTS,
     REPORTS,
-    STOP,
     LinuxFiles,
     TdxGuest,
-    boot_log_end,
-    runtime_record,
 )
+from cai.attest.tdx.log_records import STOP, boot_log_end, runtime_record
 from cai.attest.tdx.quote import MAX_QUOTE
 from cai.attest.tdx.runtime_events import launch_events, replay
 from cai.errors import FormatError, InputMissing, LimitExceeded, Refused, StorageError
