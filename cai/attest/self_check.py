@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha384
 
+from cai import merkle
 from cai.attest.anchors import TrustAnchors
 from cai.attest.evidence import DeviceSource, Evidence, QuoteSource
 from cai.attest.evidence_file import EvidenceFile
@@ -20,7 +21,13 @@ from cai.attest.gpu.ocsp_store import OcspStore
 from cai.attest.gpu.report import NONCE_SIZE
 from cai.attest.gpu.rim_store import RimStore
 from cai.attest.gpu.verify import verify_devices
-from cai.attest.statement import stock_report_data
+from cai.attest.statement import (
+    ChannelStatement,
+    GpuFacts,
+    Purpose,
+    report_data,
+    stock_report_data,
+)
 from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.verdict import Verdict
 from cai.attest.verify import verify_evidence
@@ -46,21 +53,45 @@ class VerifyingWith:
 
 
 def collect_own(
-    source: QuoteSource, devices: DeviceSource | None, *, nonce: bytes | None = None
+    source: QuoteSource,
+    devices: DeviceSource | None,
+    *,
+    nonce: bytes | None = None,
+    launch_digest: str = "",
+    profile: str = "operated",
 ) -> EvidenceFile:
     """Collect a guest's evidence under a fresh challenge.
 
-    The report data are ``SHA-384("cai/self-check/v1" ‖ 00 ‖ nonce ‖ digest of the devices)`` and
-    sixteen zero bytes, so they are no statement's (decisions §2.1).
+    With a launch digest the quote binds a statement, so that a policy can be tried on the whole of
+    it. Its session tree has one leaf, the challenge, which is no session's: those have 70 bytes.
+    Without one the report data are ``SHA-384("cai/self-check/v1" ‖ 00 ‖ nonce ‖ digest of the
+    devices)`` and sixteen zero bytes, so they are no statement's (decisions §2.1).
 
     Args:
         source: the TDX guest.
         devices: its GPUs; ``None`` leaves them out.
         nonce: 32 bytes; drawn when absent.
+        launch_digest: SHA-384 of ``launch.json``, hex; empty when nothing was launched.
+        profile: guest profile that the statement names.
     """
     challenge = nonce or secrets.token_bytes(NONCE_SIZE)
     collected = () if devices is None else devices.collect(challenge)
     unquoted = Evidence(b"", collected)
+    if launch_digest:
+        facts = {"profile": profile, "launched_by": "agent"}
+        facts |= {} if devices is None else devices.facts()
+        statement = ChannelStatement(
+            launch_digest=launch_digest, service_id="", owner_key="", models=(),
+            gpu=GpuFacts(unquoted.gpu_digest.hex(), challenge.hex(), 0), guest_facts=facts,
+            ticket_digest="", dialects=(), boot_id=secrets.token_hex(16), epoch=0,
+            session_root=merkle.leaf_hash(challenge).hex(), session_size=1,
+        ).encode()  # fmt: skip
+        bound = report_data(statement, Purpose.CHANNEL)
+        evidence = Evidence(source.quote(bound), collected, source.event_log())
+        return EvidenceFile(
+            evidence, report_data=bound, gpu_nonce=challenge if collected else None,
+            statement=statement,
+        )
     binding = stock_report_data(
         sha384(_DOMAIN + challenge + unquoted.gpu_digest).digest()
     )

@@ -81,8 +81,11 @@ def attest(
     """Collect this guest's evidence and judge it: exit 0 pass, 10 fail, 20 cannot decide."""
     if context.invoked_subcommand is not None:
         return
+    from hashlib import sha384
+
     from cai.attest.evidence_file import undecided
     from cai.attest.self_check import collect_own, judge_own
+    from cai.settings import read_settings_file
 
     terminal = current()
     if doctor:
@@ -92,7 +95,9 @@ def attest(
         terminal, collateral, rims, ocsp, launch, unsafe_simulated_tee, unsafe_simulated_image,
         gpu=gpu,
     )  # fmt: skip
-    file = collect_own(machine.source, machine.devices)
+    measured = b"" if launch is None else read_settings_file(launch, what="launch file")
+    digest = sha384(measured).hexdigest() if measured else ""
+    file = collect_own(machine.source, machine.devices, launch_digest=digest)
     verdict, _facts = judge_own(file, machine.using, now=datetime.now(UTC))
     if output is not None:
         _write_new(output, file.encode())

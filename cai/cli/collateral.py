@@ -170,7 +170,7 @@ def _table(items: Any) -> Table:
     names = ("fmspc", "ca", "tcb_eval_data_number", "signed", "expires", "days_left")
     for heading in ("FMSPC", "CA", "TCB", "signed", "expires", "days"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("state", overflow="fold")
+    table.add_column("state", overflow="fold", min_width=14)
     for item in items:
         table.add_row(*(str(item[name]).removesuffix("Z") for name in names), item["state"])
         for part, window in item["parts"].items():

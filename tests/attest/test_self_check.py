@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cai.attest.anchors import simulated_anchors, vendor_anchors
-from cai.attest.evidence_file import decode_evidence
+from cai.attest.evidence_file import decode_evidence, verify_file
 from cai.attest.gpu.collect import ConfidentialMode, NvidiaDevices
 from cai.attest.gpu.ocsp_store import load_ocsp
 from cai.attest.gpu.rim_store import load_rims
+from cai.attest.policy import VerificationPolicy, policy_for
 from cai.attest.self_check import VerifyingWith, admit_devices, collect_own, judge_own
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.errors import EvidenceRefused, Refused
@@ -117,3 +118,30 @@ def test_gpus_that_do_not_verify_stay_closed(
         with pytest.raises(Refused):
             admit_devices(NvidiaDevices(driver), anchors=using.anchors, now=NOW)
     assert not driver.is_ready
+
+
+def test_what_was_launched_is_bound_by_a_statement(
+    platform: SimulatedPlatform, using: VerifyingWith
+) -> None:
+    """`cai attest --launch -o`, then `cai verify` under the policy that `reference` writes."""
+    from cai.attest.sim import GuestSettings
+
+    guest = platform.guest(GuestSettings())
+    file = collect_own(guest, platform.devices(1), launch_digest="ab" * 48)
+    found, facts = judge_own(file, using, now=NOW)
+    assert found.passed
+    assert facts is not None
+    written = policy_for(facts, profile="operated", launch_digest="ab" * 48)
+    for digest, passed in (("ab" * 48, True), ("ac" * 48, False)):
+        policy = VerificationPolicy.parse(
+            written.replace(b"ab" * 48, digest.encode()), where="policy.toml"
+        )
+        verdict, _ = verify_file(
+            decode_evidence(file.encode(), where="x"), subject="x", expected_report_data=None,
+            policy=policy, anchors=using.anchors, collateral=using.collateral, now=NOW,
+            rims=using.rims, ocsp=using.ocsp,
+        )  # fmt: skip
+        assert verdict.passed is passed
+        assert {item.name for item in verdict.failures} == (
+            set() if passed else {"guest.launch_digest"}
+        )
