@@ -10,7 +10,8 @@ from typing import Any
 
 from cai.errors import StorageError, from_os_error
 
-KEY_ID = "kbs:///default/aliyun/model-decryption-key"
+RESOURCE = "default/aliyun/model-decryption-key"
+KEY_ID = f"kbs:///{RESOURCE}"
 """Where the release record lives in the key broker."""
 
 SERVICE = "cai-demo"
@@ -21,24 +22,6 @@ HOST_UP = [
     "--run-dir", "run", "--unsafe-simulated-tee", "sim/platform", "--json",
 ]
 """The GPU host's one command."""
-
-ALLOW_REGO = '''\
-package policy
-
-import rego.v1
-
-# Asked at each release, after the hard checks and the verification policy have passed.
-default allow := false
-
-allow if {
-    data.plugin == "resource"
-    data["resource-path"] == ["default", "aliyun", "model-decryption-key"]
-    input.submods.cpu0["ear.status"] == "affirming"
-    input.submods.gpu0["ear.status"] == "affirming"
-}
-'''
-"""The third layer of the key broker's policy: which facts release which resource."""
-
 
 def write_env(path: Path, *, trustee_url: str, service_port: int, mount_point: Path) -> None:
     """``cai.env``: the settings of the GPU host."""

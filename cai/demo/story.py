@@ -73,7 +73,8 @@ def seal(stage: Stage, act: Act) -> None:
     broker = [
         "kbs", "serve", "--data", "kbs-data", "--listen", f"127.0.0.1:{stage.ports.kbs.number}",
         "--admin-listen", f"127.0.0.1:{stage.ports.admin.number}",
-        "--collateral", "sim/anchors/collateral", "--unsafe-simulated-root", "sim/anchors",
+        "--collateral", "sim/anchors/collateral", "--rims", "sim/anchors/rims",
+        "--ocsp", "sim/anchors/ocsp", "--unsafe-simulated-root", "sim/anchors",
         "--json",
     ]
     tell.command(broker)
@@ -141,12 +142,11 @@ def prove(stage: Stage, act: Act) -> None:
 
 def _allow(stage: Stage) -> None:
     """The owner names exactly this guest in ``policy.toml``, and its resource in Rego."""
-    recipe.write_new(stage.work / "allow.rego", recipe.ALLOW_REGO)
     steps = [
-        ["python", "-m", "cai.demo.reference", "--launch", "launch.json", "--sim", "sim",
-         "--output", "policy.toml"],
+        ["cai", "attest", "reference", "--launch", "launch.json", "--resource", recipe.RESOURCE,
+         "--unsafe-simulated-tee", "sim/platform", "-o", "policy.toml", "--rego", "release.rego"],
         ["kbs", "policy", "set-verification", "policy.toml", *stage.admin],
-        ["kbs", "policy", "set", "allow.rego", *stage.admin],
+        ["kbs", "policy", "set", "release.rego", *stage.admin],
     ]
     for number, argv in enumerate(steps):
         stage.tell.command(argv)
@@ -278,11 +278,14 @@ def _gateways(stage: Stage) -> None:
 
 def verify(stage: Stage) -> dict[str, Any]:
     """What the client demands: its own policy and roots, and exactly this model and launch."""
+    anchors = stage.work / "sim" / "anchors"
     return {
         "as_type": "builtin",
         "policy": str(stage.work / "policy.toml"),
-        "collateral": str(stage.work / "sim" / "anchors" / "collateral"),
-        "unsafe_simulated_root": str(stage.work / "sim" / "anchors"),
+        "collateral": str(anchors / "collateral"),
+        "rims": str(anchors / "rims"),
+        "ocsp": str(anchors / "ocsp"),
+        "unsafe_simulated_root": str(anchors),
         "expect": {"model_root": stage.model_root, "launch": stage.launch_digest},
     }
 

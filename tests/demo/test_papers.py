@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import typer
 
-from cai.demo import recipe
-
 LINES = re.MULTILINE | re.DOTALL
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = [ROOT / name for name in (
@@ -76,12 +74,3 @@ def test_links_between_the_papers_lead_somewhere(paper: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", paper.read_text()):
         if not target.startswith("https://"):
             assert (paper.parent / target).exists(), target
-
-
-@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
-def test_the_policy_in_the_papers_is_the_demos(paper: Path) -> None:
-    policies = re.compile(r"cat > allow\.rego <<'END'\n(.*?)^END\n", LINES)
-    for text in policies.findall(paper.read_text()):
-        written = [line.strip() for line in recipe.ALLOW_REGO.splitlines()]
-        shown = [line.strip() for line in text.splitlines()]
-        assert shown == [line for line in written if not line.startswith("#")]
