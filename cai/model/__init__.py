@@ -16,7 +16,7 @@ from cai.model.keys import new_key, read_key_file, write_key_file
 from cai.model.manifest import Licence, Manifest
 from cai.model.options import SealOptions, SealReport
 from cai.model.record import Lease, ReleaseRecord
-from cai.model.sealed import SealedModel, open_model, read_header
+from cai.model.sealed import SealedModel, open_model, open_model_files, read_header
 from cai.model.sealing import seal
 from cai.model.tree import Entry, EntryType, FileReader, ModelTree
 from cai.model.unsealing import unseal
@@ -39,6 +39,7 @@ __all__ = [
     "content_root_of_tree",
     "new_key",
     "open_model",
+    "open_model_files",
     "read_header",
     "read_key_file",
     "seal",

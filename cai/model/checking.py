@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -166,7 +165,7 @@ def _check_manifest_pieces(model: SealedModel, listed: StoredFile) -> None:
     except OSError as error:
         raise StorageError(f"read {MANIFEST_FILE}: {error.strerror}") from error
     finally:
-        os.close(handle)
+        model.files.release(handle)
     _compare_pieces(MANIFEST_FILE, found, listed)
 
 

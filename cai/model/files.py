@@ -5,12 +5,49 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Protocol
 
 from cai.errors import InputError, InputMissing, LimitExceeded, Tampered, from_os_error
 from cai.model.layout import HEADER_FILE, OBJECTS_DIR
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
+
+
+class SealedFiles(Protocol):
+    """The stored files of one sealed model, wherever they lie; handles are small integers.
+
+    Safe to use from several threads and forked processes. Whoever implements it need not be
+    trusted: everything read through it is authenticated by its reader.
+    """
+
+    @property
+    def directory(self) -> Path | None:
+        """Where they lie on this machine, if they do."""
+
+    def open(self, stored: str) -> int:
+        """Open a stored file, e.g. ``objects/<32 hex>``, until ``release``."""
+
+    def length(self, handle: int) -> int:
+        """Stored bytes of an open file."""
+
+    def preadv(self, handle: int, views: list[memoryview], offset: int) -> int:
+        """Fill the views from ``offset``, perhaps not all of them; 0 at the end of the file."""
+
+    def forget(self, handle: int, offset: int, length: int) -> None:
+        """This part is not needed again."""
+
+    def release(self, handle: int) -> None:
+        """Close an open file; works after ``close`` too."""
+
+    def read(self, stored: str, *, limit: int) -> bytes:
+        """A small stored file whole, of at most ``limit`` bytes."""
+
+    def listing(self) -> set[str]:
+        """Every stored path."""
+
+    def close(self) -> None:
+        """Close everything but the open files."""
 
 
 class StoredFiles:
@@ -66,6 +103,22 @@ class StoredFiles:
             os.close(handle)
             raise Tampered(f"{stored} is not a regular file", path=stored)
         return handle
+
+    def length(self, handle: int) -> int:
+        """Stored bytes of an open file; ``OSError`` when it cannot be told."""
+        return os.fstat(handle).st_size
+
+    def preadv(self, handle: int, views: list[memoryview], offset: int) -> int:
+        """Fill the views from ``offset``; fewer bytes at the end of the file; ``OSError``."""
+        return os.preadv(handle, views, offset)
+
+    def forget(self, handle: int, offset: int, length: int) -> None:
+        """Tell the kernel that this part is not needed again."""
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def release(self, handle: int) -> None:
+        """Close an open file."""
+        os.close(handle)
 
     def read(self, stored: str, *, limit: int) -> bytes:
         """Read a small stored file whole.

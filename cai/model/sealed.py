@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cai.errors import InputError, InputMissing, Tampered
 from cai.model.content import content_root
-from cai.model.files import StoredFiles
+from cai.model.files import SealedFiles, StoredFiles
 from cai.model.header import Header, unlock
 from cai.model.layout import HEADER_FILE, MANIFEST_FILE, MAX_HEADER_FILE, OBJECTS_DIR
 from cai.model.manifest import Inline, Manifest, Stored, model_root, unpad
@@ -33,7 +33,7 @@ class SealedModel:
         entries: every path but the root, parents before children.
     """
 
-    def __init__(self, files: StoredFiles, header: Header, manifest: Manifest, root: str) -> None:
+    def __init__(self, files: SealedFiles, header: Header, manifest: Manifest, root: str) -> None:
         self._files = files
         self.header = header
         self.manifest = manifest
@@ -61,7 +61,7 @@ class SealedModel:
         return self.manifest.allow
 
     @property
-    def files(self) -> StoredFiles:
+    def files(self) -> SealedFiles:
         """The stored files."""
         return self._files
 
@@ -134,7 +134,19 @@ def open_model(
         Tampered: something is not what was sealed, or older or other than demanded.
         StorageError: the file system refused.
     """
-    files = StoredFiles(directory)
+    return open_model_files(
+        StoredFiles(directory), kek, expect_root=expect_root, min_revision=min_revision
+    )
+
+
+def open_model_files(
+    files: SealedFiles, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0
+) -> SealedModel:
+    """Open a sealed model from stored files that lie anywhere; closes them when it fails.
+
+    Raises:
+        CaiError: as ``open_model``, and what ``files`` raises.
+    """
     try:
         # (1) to (5)
         header = _read_header(files)
@@ -168,11 +180,11 @@ def open_model(
         raise
 
 
-def _read_header(files: StoredFiles) -> Header:
+def _read_header(files: SealedFiles) -> Header:
     return Header.parse(files.read(HEADER_FILE, limit=MAX_HEADER_FILE))
 
 
-def _read_manifest(files: StoredFiles, header: Header, key: bytes) -> bytes:
+def _read_manifest(files: SealedFiles, header: Header, key: bytes) -> bytes:
     reader = ObjectReader(files, MANIFEST_FILE, header.manifest, header.manifest_digest, key)
     try:
         padded = bytearray(header.manifest.size)

@@ -35,8 +35,9 @@ def unseal(
         Tampered: something is not what was sealed; nothing has appeared.
         StorageError, NoSpace: the file system refused.
     """
-    sealed = model.files.directory.resolve()
-    if sealed in (out.parent.resolve() / out.name, *(out.parent.resolve() / out.name).parents):
+    place = out.parent.resolve() / out.name
+    sealed = model.files.directory
+    if sealed is not None and sealed.resolve() in (place, *place.parents):
         raise UsageError(f"the output {out} is inside the sealed model {sealed}")
     entries = list(model.entries.values())
     total = sum(entry.size for entry in entries if entry.type is EntryType.FILE)
