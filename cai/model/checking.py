@@ -78,7 +78,7 @@ def check(
     with open_model(
         directory, kek, expect_root=expect_root, min_revision=min_revision
     ) as model:
-        index = _checked_index(model, index_sha256)
+        index = checked_index(model, index_sha256)
         # (C3) nothing is missing and nothing else is there
         _check_listing(model.files.listing(), {HEADER_FILE, INDEX_FILE, *index})
         manifest = model.manifest
@@ -100,7 +100,12 @@ def check(
         )
 
 
-def _checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredFile]:
+def checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredFile]:
+    """The index of an opened model, authenticated (C1, C2).
+
+    Raises:
+        Tampered, FormatError: it is not the one that was sealed, or that is ``expected``.
+    """
     # (C1) the index that the header, and perhaps the record, names
     data = model.files.read(INDEX_FILE, limit=MAX_INDEX_FILE)
     digest = index_digest(data)

@@ -1,20 +1,31 @@
-"""Sealing a plain tree: one pass over each file, everything or nothing (docs/spec-format.md §9)."""
+"""Sealing a tree: one pass over each file, everything or nothing (docs/spec-format.md §9).
+
+Files are sealed side by side, each by threads of its own: SHA-256 goes through a file in order and
+is what limits one file's speed. Every random value is drawn before the first file, in the order of
+the entries, so that the order of work does not show in the bytes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from queue import SimpleQueue
 
 from cai import __version__
-from cai.errors import FormatError, InputMissing, Refused, UsageError
+from cai.errors import FormatError, InputMissing, Interrupted, Refused, UsageError
+from cai.model.carrying import OlderRevision, swept
 from cai.model.content import content_root
 from cai.model.header import DekKeys, Header, wrap_dek
 from cai.model.index import StoredFile, encode_index, index_digest
-from cai.model.lanes import Lanes
+from cai.model.journal import Finished, Journal, read_journal
+from cai.model.lanes import BATCH, Lanes
 from cai.model.layout import (
     DEFAULT_CHUNK,
     HEADER_FILE,
@@ -24,26 +35,40 @@ from cai.model.layout import (
     KEY_SIZE,
     MANIFEST_FILE,
     OBJECTS_DIR,
+    SIGNATURE_FILE,
 )
 from cai.model.manifest import Inline, Manifest, Storage, Stored, model_root, pad
 from cai.model.members import valid_flags
 from cai.model.object import SALT_SIZE, Shape
 from cai.model.options import PICKLE_FLAG, SealOptions, SealReport
+from cai.model.origins import Origin, OriginFile, PlainOrigin, SealedOrigin
+from cai.model.padding import padded_size
 from cai.model.pickles import HEAD, looks_like_pickle
 from cai.model.progress import ProgressBar, silent
-from cai.model.source import opened_source, require_directory, scan
-from cai.model.stage import Stage, output_error, refuse_occupied, write_file
+from cai.model.sealed import SealedModel
+from cai.model.source import opened_source, require_directory
+from cai.model.stage import Stage, leftovers, output_error, refuse_occupied, write_file
 from cai.model.tree import Entry, EntryType
 from cai.model.writer import write_object
 from cai.secret import Secret
 from cai.terminal import Advance
 
+MAX_FILES_AT_ONCE = 6
+"""Most files that are sealed side by side; each takes about 35 MB of memory."""
+
+BeforeCommit = Callable[[SealReport], None]
+
 
 def seal(
     source: Path, out: Path, kek: Secret, *, options: SealOptions | None = None,
-    progress: ProgressBar = silent, before_commit: Callable[[SealReport], None] | None = None,
+    progress: ProgressBar = silent, before_commit: BeforeCommit | None = None,
+    against: SealedModel | None = None, journal: Secret | None = None,
+    sign: Callable[[str], bytes] | None = None,
 ) -> SealReport:
     """Seal the tree at ``source`` into the directory ``out``.
+
+    What a run that was killed had finished for the same output is taken up, when its journal opens
+    and every byte of it is whole.
 
     Args:
         source: the plain tree.
@@ -53,6 +78,11 @@ def seal(
         progress: shows the plaintext bytes done.
         before_commit: called when everything is written and before it appears, so that a key is
             safe before its model exists; what it raises undoes the sealing.
+        against: an older revision, opened; what did not change since is not written again. The new
+            one is its next revision, unless ``options`` name a model and revision.
+        journal: what the journal is encrypted under, the KEK itself unless told otherwise; the KEK
+            is then in the journal (``interrupted_kek``).
+        sign: gives the bytes of ``manifest.sig`` for the model root.
 
     Returns:
         What was sealed.
@@ -62,109 +92,340 @@ def seal(
         InputMissing, InputError: the source is missing or cannot be sealed.
         Refused: it holds a Python pickle and ``allow`` does not hold ``pickle``.
         LimitExceeded: more than the format holds.
+        Tampered: the index of ``against`` is not what was sealed.
         StorageError, NoSpace: the file system refused.
     """
     chosen = options or SealOptions()
     _check_options(chosen, kek)
     check_places(source, out)
-    entries = scan(source)
+    origin = PlainOrigin(source)
+    entries = origin.scan()
     if PICKLE_FLAG not in chosen.allow:
-        _refuse_pickles(source, entries)
-    total = sum(entry.size for entry in entries if entry.type is EntryType.FILE)
-    with (
-        Stage(out) as stage,
-        Lanes(chosen.workers) as lanes,
-        progress("seal", total) as advance,
-    ):
-        report = _Sealing(source, stage.path, kek, chosen, lanes, advance).run(entries)
-        if before_commit is not None:
-            before_commit(report)
+        refuse_pickles(source, entries)
+    older = None
+    if against is not None:
+        if not chosen.model_id:
+            chosen = following(against, chosen)
+        older = OlderRevision(against)
+    job = Job(origin, entries, kek, chosen, older, journal, sign)
+    return _run(job, out, progress, before_commit)
+
+
+def reseal(
+    model: SealedModel, out: Path, kek: Secret, *, options: SealOptions | None = None,
+    progress: ProgressBar = silent, before_commit: BeforeCommit | None = None,
+    journal: Secret | None = None, sign: Callable[[str], bytes] | None = None,
+) -> SealReport:
+    """Seal an opened model anew, as its next revision: new data key, new object keys, all new.
+
+    Plaintext goes through memory only. What the manifest says of the model stays; of ``options``
+    count chunk, padding, time and workers.
+
+    Args:
+        model: the sealed model; all of it is verified on the way.
+        out: where the new one shall appear.
+        kek: what wraps the new data key; the old one's or another.
+        options: what a writer may choose.
+        progress: shows the plaintext bytes done.
+        before_commit: as in ``seal``.
+        journal: as in ``seal``.
+        sign: as in ``seal``.
+
+    Raises:
+        UsageError: ``out`` is inside the sealed model, or occupied.
+        Tampered: something is not what was sealed; nothing has appeared.
+        StorageError, NoSpace: the file system refused.
+    """
+    manifest, directory = model.manifest, model.files.directory
+    place = out.parent.resolve() / out.name
+    if directory is not None and directory.resolve() in (place, *place.parents):
+        raise UsageError(f"the output {out} is inside the sealed model {directory}")
+    refuse_occupied(out)
+    chosen = replace(
+        following(model, options or SealOptions()), name=manifest.name, licence=manifest.licence,
+        allow=manifest.allow, provenance=manifest.provenance,
+    )
+    _check_options(chosen, kek)
+    origin = SealedOrigin(model)
+    job = Job(origin, origin.scan(), kek, chosen, None, journal, sign)
+    return _run(job, out, progress, before_commit)
+
+
+def following(model: SealedModel, options: SealOptions) -> SealOptions:
+    """Options for the revision that follows an opened one."""
+    return replace(
+        options, model_id=model.model_id, revision=model.revision + 1, previous=model.root
+    )
+
+
+def interrupted_kek(out: Path, journal: Secret) -> Secret | None:
+    """The KEK that a killed run for this output had made and kept in its journal, if there is one.
+
+    Raises:
+        StorageError: the folder cannot be listed.
+    """
+    found: Secret | None = None
+    place = out.parent.resolve() / out.name
+    try:
+        for path, handle in leftovers(place):
+            held = read_journal(path, journal)
+            os.close(handle)
+            if found is None and held is not None:
+                found = held[0]
+    except OSError as error:
+        raise output_error(error, f"read {out.parent}") from error
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sealing: what, how, and under which key."""
+
+    origin: Origin
+    entries: list[Entry]
+    kek: Secret
+    options: SealOptions
+    older: OlderRevision | None = None
+    journal: Secret | None = None
+    sign: Callable[[str], bytes] | None = None
+
+
+def _run(
+    job: Job, out: Path, progress: ProgressBar, before_commit: BeforeCommit | None
+) -> SealReport:
+    finished: list[Finished] = []
+
+    def adopt(directory: Path) -> bool:
+        held = read_journal(directory, job.journal or job.kek)
+        if held is not None:
+            finished.extend(held[1])
+        return held is not None
+
+    total = sum(entry.size for entry in job.entries if entry.type is EntryType.FILE)
+    with Stage(out, adopt=adopt) as stage, progress("seal", total) as advance:
+        try:
+            done = _prepared(stage.path, finished)
+            journal = Journal(
+                stage.path, job.journal or job.kek, finished=done.values(),
+                kek=job.kek if job.journal else None,
+            )
+        except OSError as error:
+            raise output_error(error, f"create {out}") from error
+        try:
+            report = _Sealing(job, stage.path, done, journal, advance).run()
+            if before_commit is not None:
+                before_commit(report)
+            journal.remove()
+        except OSError as error:
+            raise output_error(error, f"write {out}") from error
+        finally:
+            journal.close()
         stage.commit()
     return report
+
+
+def _prepared(directory: Path, finished: list[Finished]) -> dict[str, Finished]:
+    """An empty ``objects``, or one that holds exactly what is whole of a dead run."""
+    for name in (HEADER_FILE, INDEX_FILE, MANIFEST_FILE, SIGNATURE_FILE):
+        (directory / name).unlink(missing_ok=True)
+    (directory / OBJECTS_DIR).mkdir(mode=0o755, exist_ok=True)
+    return swept(directory, finished)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One file that becomes an object, with the random values drawn for it."""
+
+    entry: Entry
+    shape: Shape
+    name: str
+    key: bytes = field(repr=False)
+    salt: bytes
 
 
 class _Sealing:
     """One run: collects entries and index while it writes."""
 
     def __init__(
-        self, source: Path, target: Path, kek: Secret, options: SealOptions, lanes: Lanes,
+        self, job: Job, target: Path, resumable: dict[str, Finished], journal: Journal,
         advance: Advance,
     ) -> None:
-        self._source, self._target, self._kek = source, target, kek
-        self._options, self._lanes, self._advance = options, lanes, advance
-        self._random = options.unsafe_entropy or os.urandom
+        self._job, self._options, self._origin = job, job.options, job.origin
+        self._target, self._journal, self._advance = target, journal, advance
+        self._resumable = resumable
+        self._random = job.options.unsafe_entropy or os.urandom
         self._index: dict[str, StoredFile] = {}
-        self._inline_bytes = 0
+        self._sealed: dict[str, Entry] = {}
+        self._storage: dict[str, Storage] = {}
+        self._counts = {"carried": 0, "resumed": 0, "written": 0}
+        self._lock = threading.Lock()
+        self._stopped = False
 
-    def run(self, entries: list[Entry]) -> SealReport:
+    def run(self) -> SealReport:
         # The order of the draws is part of the vectors (§9).
         model_id = self._options.model_id or self._random(32).hex()
         dek = self._random(KEY_SIZE)
         nonce = self._random(12)
-        try:
-            (self._target / OBJECTS_DIR).mkdir(mode=0o755)
-        except OSError as error:
-            raise output_error(error, f"create {OBJECTS_DIR}") from error
-        sealed: dict[str, Entry] = {}
-        storage: dict[str, Storage] = {}
-        for entry in entries:
-            sealed[entry.path] = entry
-            if entry.type is EntryType.FILE:
-                sealed[entry.path], storage[entry.path] = self._file(entry)
-        manifest = self._manifest(model_id, sealed, storage)
-        canonical = manifest.encode()
-        keys = DekKeys.of(dek, model_id)
-        shape, digest = self._write_manifest(pad(canonical), keys.manifest_key)
+        planned = self._plan()
+        with self._lanes(len(planned)) as free:
+            self._store(planned, free)
+            self._drop_unused()
+            manifest = self._manifest(model_id)
+            canonical = manifest.encode()
+            keys = DekKeys.of(dek, model_id)
+            lanes = free.get()
+            shape, digest = self._write_manifest(pad(canonical), keys.manifest_key, lanes)
         index = encode_index(self._index)
         write_file(self._target / INDEX_FILE, index)
         revision = self._options.revision
         header = Header(
             model_id, revision,
-            wrap_dek(dek, self._kek, model_id=model_id, revision=revision, nonce=nonce),
+            wrap_dek(dek, self._job.kek, model_id=model_id, revision=revision, nonce=nonce),
             keys.commitment, shape, digest, index_digest(index), len(index),
         )
         header_bytes = replace(header, mac=keys.mac(header)).encode()
         write_file(self._target / HEADER_FILE, header_bytes)
+        if self._job.sign is not None:
+            signature = self._job.sign(model_root(canonical))
+            write_file(self._target / SIGNATURE_FILE, signature)
         return self._report(manifest, canonical, index, len(header_bytes))
 
-    def _file(self, entry: Entry) -> tuple[Entry, Storage]:
-        inline = entry.size <= INLINE_SIZE
-        if inline and self._inline_bytes + entry.size <= INLINE_TOTAL:
-            return self._inline(entry)
-        name, key, salt = self._random(16).hex(), self._random(KEY_SIZE), self._random(SALT_SIZE)
-        shape = Shape(INLINE_SIZE if inline else entry.size, self._options.chunk)
-        digest = sha256()
-        with opened_source(self._source, entry) as file:
+    def _plan(self) -> list[_Planned]:
+        """Decide for each file where it goes (§5.3); the small ones are read at once."""
+        planned: list[_Planned] = []
+        inline_bytes = 0
+        for entry in self._job.entries:
+            self._sealed[entry.path] = entry
+            if entry.type is not EntryType.FILE:
+                continue
+            small = entry.size <= INLINE_SIZE
+            if small and inline_bytes + entry.size <= INLINE_TOTAL:
+                inline_bytes += entry.size
+                self._inline(entry)
+                continue
+            size = INLINE_SIZE if small else entry.size
+            shape = Shape(padded_size(size) if self._options.pad else size, self._options.chunk)
+            name, key, salt = self._random(16), self._random(KEY_SIZE), self._random(SALT_SIZE)
+            planned.append(_Planned(entry, shape, name.hex(), key, salt))
+        return planned
 
-            def read(offset: int, view: memoryview) -> None:
-                held = view[: max(0, entry.size - offset)]
-                file.readinto(offset, held)
-                view[len(held) :] = bytes(len(view) - len(held))
+    @contextmanager
+    def _lanes(self, files: int) -> Iterator[SimpleQueue[Lanes]]:
+        """Threads and memory for the files that are sealed side by side."""
+        cores = len(os.sched_getaffinity(0))
+        at_once = max(1, min(files, cores, MAX_FILES_AT_ONCE))
+        workers = self._options.workers or (0 if at_once == 1 else 2)
+        free: SimpleQueue[Lanes] = SimpleQueue()
+        with ExitStack() as stack:
+            for _ in range(at_once):
+                free.put(stack.enter_context(Lanes(workers)))
+            yield free
 
-            def done(offset: int, plain: memoryview) -> None:
-                held = plain[: max(0, entry.size - offset)]
-                digest.update(held)
-                self._advance(len(held))
-                file.forget(offset, len(held))
+    def _store(self, planned: list[_Planned], free: SimpleQueue[Lanes]) -> None:
+        """Make the objects, the largest first, so that none is left alone at the end."""
 
-            stored = f"{OBJECTS_DIR}/{name}"
-            object_digest, self._index[stored] = write_object(
-                self._target / stored, shape, key, salt, self._lanes, read=read, done=done
-            )
-        return (
-            replace(entry, sha256=digest.hexdigest()),
-            Stored(name, key, object_digest, shape),
+        def one(plan: _Planned) -> None:
+            lanes = free.get()
+            try:
+                if not self._stopped:
+                    self._object(plan, lanes)
+            finally:
+                free.put(lanes)
+
+        with ThreadPoolExecutor(free.qsize(), thread_name_prefix="cai-model-file") as pool:
+            ordered = sorted(planned, key=lambda plan: -plan.entry.size)
+            futures = [pool.submit(one, plan) for plan in ordered]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stopped = True
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def _object(self, plan: _Planned, lanes: Lanes) -> None:
+        entry = plan.entry
+        with self._origin.opened(entry) as file:
+            done = self._resumable.get(entry.path)
+            kind = "resumed"
+            if done is None or (done.state, done.stored.shape) != (file.state, plan.shape):
+                done = self._carried(plan, file)
+                kind = "carried"
+            if done is None:
+                done = self._written(plan, file, lanes)
+                kind = "written"
+            else:
+                self._advance(entry.size)
+        self._origin.verify(entry, done.sha256)
+        if kind != "resumed":
+            self._journal.add(done)
+        with self._lock:
+            self._counts[kind] += 1 if kind != "written" else done.listed.size
+            self._sealed[entry.path] = replace(entry, sha256=done.sha256)
+            self._storage[entry.path] = done.stored
+            self._index[f"{OBJECTS_DIR}/{done.stored.name}"] = done.listed
+
+    def _carried(self, plan: _Planned, file: OriginFile) -> Finished | None:
+        """The object of an older revision, when it has this very content."""
+        older, entry = self._job.older, plan.entry
+        if older is None or not older.may_have(entry.size, plan.shape):
+            return None
+        digest = self._digest(file, entry.size)
+        place = older.take(entry.size, plan.shape, digest, self._target)
+        return None if place is None else Finished(entry.path, file.state, digest, *place)
+
+    def _digest(self, file: OriginFile, size: int) -> str:
+        digest, room = sha256(), memoryview(bytearray(min(BATCH, size)))
+        for offset in range(0, size, BATCH):
+            part = room[: min(BATCH, size - offset)]
+            self._read(file, offset, part)
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _written(self, plan: _Planned, file: OriginFile, lanes: Lanes) -> Finished:
+        entry, digest = plan.entry, sha256()
+
+        def read(offset: int, view: memoryview) -> None:
+            held = view[: max(0, entry.size - offset)]
+            self._read(file, offset, held)
+            view[len(held) :] = bytes(len(view) - len(held))
+
+        def done(offset: int, plain: memoryview) -> None:
+            held = plain[: max(0, entry.size - offset)]
+            digest.update(held)
+            self._advance(len(held))
+            file.forget(offset, len(held))
+
+        object_digest, listed = write_object(
+            self._target / OBJECTS_DIR / plan.name, plan.shape, plan.key, plan.salt, lanes,
+            read=read, done=done,
         )
+        stored = Stored(plan.name, plan.key, object_digest, plan.shape)
+        return Finished(entry.path, file.state, digest.hexdigest(), stored, listed)
 
-    def _inline(self, entry: Entry) -> tuple[Entry, Storage]:
+    def _read(self, file: OriginFile, offset: int, view: memoryview) -> None:
+        if self._stopped:
+            raise Interrupted("stopped, because another file failed")
+        file.readinto(offset, view)
+
+    def _inline(self, entry: Entry) -> None:
         content = bytearray(entry.size)
-        with opened_source(self._source, entry) as file:
+        with self._origin.opened(entry) as file:
             file.readinto(0, memoryview(content))
-        self._inline_bytes += entry.size
+        digest = sha256(content).hexdigest()
+        self._origin.verify(entry, digest)
         self._advance(entry.size)
-        return replace(entry, sha256=sha256(content).hexdigest()), Inline(bytes(content))
+        self._sealed[entry.path] = replace(entry, sha256=digest)
+        self._storage[entry.path] = Inline(bytes(content))
 
-    def _write_manifest(self, padded: bytes, key: bytes) -> tuple[Shape, str]:
+    def _drop_unused(self) -> None:
+        """Remove what a dead run had finished of files that are others now, or are gone."""
+        for done in self._resumable.values():
+            if f"{OBJECTS_DIR}/{done.stored.name}" not in self._index:
+                (self._target / OBJECTS_DIR / done.stored.name).unlink()
+
+    def _write_manifest(self, padded: bytes, key: bytes, lanes: Lanes) -> tuple[Shape, str]:
         shape = Shape(len(padded), DEFAULT_CHUNK)
         source = memoryview(padded)
 
@@ -172,23 +433,21 @@ class _Sealing:
             view[:] = source[offset : offset + len(view)]
 
         digest, self._index[MANIFEST_FILE] = write_object(
-            self._target / MANIFEST_FILE, shape, key, self._random(SALT_SIZE), self._lanes,
+            self._target / MANIFEST_FILE, shape, key, self._random(SALT_SIZE), lanes,
             read=read, done=lambda _offset, _plain: None,
         )
         return shape, digest
 
-    def _manifest(
-        self, model_id: str, entries: dict[str, Entry], storage: dict[str, Storage]
-    ) -> Manifest:
+    def _manifest(self, model_id: str) -> Manifest:
         options = self._options
         created = (options.created or datetime.now(UTC)).astimezone(UTC)
         manifest = Manifest(
             model_id=model_id, revision=options.revision, previous=options.previous,
-            content_root=content_root(entries.values()), name=options.name,
+            content_root=content_root(self._sealed.values()), name=options.name,
             created=created.strftime("%Y-%m-%dT%H:%M:%SZ"), allow=options.allow,
             licence=options.licence,
             provenance={"tool": f"cai {__version__}"} | dict(options.provenance),
-            entries=entries, storage=storage,
+            entries=self._sealed, storage=self._storage,
         )
         # A writer never makes what its own reader refuses.
         Manifest.parse(manifest.encode())
@@ -208,7 +467,9 @@ class _Sealing:
             plaintext_bytes=sum(
                 e.size for e in manifest.entries.values() if e.type is EntryType.FILE
             ),
-            stored_bytes=stored,
+            stored_bytes=stored, carried=self._counts["carried"], resumed=self._counts["resumed"],
+            written_bytes=self._counts["written"] + self._index[MANIFEST_FILE].size + len(index)
+            + header_size,
         )
 
 
@@ -237,7 +498,13 @@ def check_places(source: Path, out: Path) -> None:
     refuse_occupied(out)
 
 
-def _refuse_pickles(source: Path, entries: list[Entry]) -> None:
+def refuse_pickles(source: Path, entries: list[Entry]) -> None:
+    """Refuse a tree that holds a Python pickle, by the content of its files.
+
+    Raises:
+        Refused: naming the file.
+        InputMissing, InputError, StorageError: as ``opened_source``.
+    """
     for entry in entries:
         if entry.type is not EntryType.FILE:
             continue
