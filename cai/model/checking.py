@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from cai.errors import StorageError, Tampered
+from cai.model.fleet import Fleet
 from cai.model.index import PieceHasher, StoredFile, hash_pieces, index_digest, parse_index
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import (
@@ -16,10 +18,12 @@ from cai.model.layout import (
     MAX_INDEX_FILE,
     OBJECTS_DIR,
     PIECE,
+    SIGNATURE_FILE,
 )
 from cai.model.manifest import Inline, Stored
 from cai.model.progress import ProgressBar, silent
 from cai.model.sealed import SealedModel, open_model
+from cai.model.signature import read_signature
 from cai.model.tree import Entry, EntryType
 from cai.secret import Secret
 from cai.terminal import Advance
@@ -39,6 +43,8 @@ class CheckReport:
         files: plaintext files.
         objects: stored objects.
         plaintext_bytes: of all files.
+        signature: ``verified`` under the demanded key, ``not asked`` when there is one and no key
+            was demanded, ``none``.
     """
 
     model_id: str
@@ -50,6 +56,7 @@ class CheckReport:
     files: int
     objects: int
     plaintext_bytes: int
+    signature: str = "none"
 
     def to_json(self) -> dict[str, object]:
         """The report as ``--json`` prints it."""
@@ -59,6 +66,7 @@ class CheckReport:
 def check(
     directory: Path, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0,
     index_sha256: str | None = None, workers: int = 0, progress: ProgressBar = silent,
+    owner_key: str | None = None,
 ) -> CheckReport:
     """Authenticate everything: each chunk, each digest, the index, and that nothing else is there.
 
@@ -70,33 +78,40 @@ def check(
         index_sha256: the index to insist on, hex.
         workers: threads; 0 chooses by the machine.
         progress: shows the plaintext bytes done.
+        owner_key: whose signature over the manifest to insist on, hex.
 
     Raises:
         Tampered: naming the stored file that is not what was sealed.
         CaiError: as ``open_model``.
     """
     with open_model(
-        directory, kek, expect_root=expect_root, min_revision=min_revision
+        directory, kek, expect_root=expect_root, min_revision=min_revision, owner_key=owner_key
     ) as model:
         index = checked_index(model, index_sha256)
         # (C3) nothing is missing and nothing else is there
-        _check_listing(model.files.listing(), {HEADER_FILE, INDEX_FILE, *index})
+        found = model.files.listing()
+        _check_listing(found - {SIGNATURE_FILE}, {HEADER_FILE, INDEX_FILE, *index})
+        signed = read_signature(model.files) is not None
         manifest = model.manifest
         files = [e for e in manifest.entries.values() if e.type is EntryType.FILE]
         total = sum(entry.size for entry in files)
-        with Lanes(workers) as lanes, progress("check", total) as advance:
-            for entry in files:
+        with Fleet(len(manifest.stored), workers) as fleet, progress("check", total) as advance:
+
+            def one(entry: Entry, lanes: Lanes) -> None:
                 storage = manifest.storage[entry.path]
                 if isinstance(storage, Stored):
                     pieces = index[f"{OBJECTS_DIR}/{storage.name}"]
-                    _check_object(model, entry, storage, pieces, lanes, advance)
+                    _check_object(model, entry, storage, pieces, fleet, lanes, advance)
                 else:
                     _check_inline(entry, storage, advance)
+
+            fleet.each(sorted(files, key=lambda entry: -entry.size), one)
         _check_manifest_pieces(model, index[MANIFEST_FILE])
         return CheckReport(
             model.model_id, model.revision, model.root, model.content_root,
             content_verified=True, index_sha256=model.header.index_sha256, files=len(files),
             objects=len(manifest.stored), plaintext_bytes=total,
+            signature="none" if not signed else "not asked" if owner_key is None else "verified",
         )
 
 
@@ -140,8 +155,8 @@ def _check_inline(entry: Entry, storage: Inline, advance: Advance) -> None:
 
 
 def _check_object(
-    model: SealedModel, entry: Entry, storage: Stored, listed: StoredFile, lanes: Lanes,
-    advance: Advance,
+    model: SealedModel, entry: Entry, storage: Stored, listed: StoredFile, fleet: Fleet,
+    lanes: Lanes, advance: Advance,
 ) -> None:
     reader = model.open_object(entry, storage)
     try:
@@ -149,12 +164,15 @@ def _check_object(
         pieces.update(reader.head)
         # (C4) chunks, padding and plaintext digest
         for offset, plain, sealed in opened(reader, lanes):
-            held = plain[: max(0, entry.size - offset)]
-            digest.update(held)
-            if any(plain[len(held) :]):
+            fleet.keep_on()
+            beside = lanes.aside(partial(pieces.update_all, sealed))
+            try:
+                held = plain[: max(0, entry.size - offset)]
+                digest.update(held)
+            finally:
+                beside.result()
+            if plain[len(held) :] != bytes(len(plain) - len(held)):
                 raise _tampered(reader.stored, f"its padding after {entry.path!r} is not zero")
-            for view in sealed:
-                pieces.update(view)
             advance(len(held))
         if digest.hexdigest() != entry.sha256:
             raise _tampered(reader.stored, f"the SHA-256 of {entry.path!r} is not its content's")

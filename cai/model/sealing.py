@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from queue import SimpleQueue
 
 from cai import __version__
-from cai.errors import FormatError, InputMissing, Interrupted, Refused, UsageError
+from cai.errors import FormatError, InputMissing, Refused, UsageError
 from cai.model.carrying import OlderRevision, swept
 from cai.model.content import content_root
+from cai.model.fleet import Fleet
 from cai.model.header import DekKeys, Header, wrap_dek
 from cai.model.index import StoredFile, encode_index, index_digest
 from cai.model.journal import Finished, Journal, read_journal
@@ -53,9 +51,6 @@ from cai.model.writer import write_object
 from cai.secret import Secret
 from cai.terminal import Advance
 
-MAX_FILES_AT_ONCE = 6
-"""Most files that are sealed side by side; each takes about 35 MB of memory."""
-
 BeforeCommit = Callable[[SealReport], None]
 
 
@@ -64,6 +59,7 @@ def seal(
     progress: ProgressBar = silent, before_commit: BeforeCommit | None = None,
     against: SealedModel | None = None, journal: Secret | None = None,
     sign: Callable[[str], bytes] | None = None,
+    review: Callable[[Manifest], None] | None = None,
 ) -> SealReport:
     """Seal the tree at ``source`` into the directory ``out``.
 
@@ -83,6 +79,7 @@ def seal(
         journal: what the journal is encrypted under, the KEK itself unless told otherwise; the KEK
             is then in the journal (``interrupted_kek``).
         sign: gives the bytes of ``manifest.sig`` for the model root.
+        review: called with the manifest before it is written; what it raises undoes the sealing.
 
     Returns:
         What was sealed.
@@ -107,7 +104,7 @@ def seal(
         if not chosen.model_id:
             chosen = following(against, chosen)
         older = OlderRevision(against)
-    job = Job(origin, entries, kek, chosen, older, journal, sign)
+    job = Job(origin, entries, kek, chosen, older, journal, sign, review)
     return _run(job, out, progress, before_commit)
 
 
@@ -188,6 +185,7 @@ class Job:
     older: OlderRevision | None = None
     journal: Secret | None = None
     sign: Callable[[str], bytes] | None = None
+    review: Callable[[Manifest], None] | None = None
 
 
 def _run(
@@ -259,7 +257,6 @@ class _Sealing:
         self._storage: dict[str, Storage] = {}
         self._counts = {"carried": 0, "resumed": 0, "written": 0}
         self._lock = threading.Lock()
-        self._stopped = False
 
     def run(self) -> SealReport:
         # The order of the draws is part of the vectors (§9).
@@ -267,14 +264,18 @@ class _Sealing:
         dek = self._random(KEY_SIZE)
         nonce = self._random(12)
         planned = self._plan()
-        with self._lanes(len(planned)) as free:
-            self._store(planned, free)
+        with Fleet(len(planned), self._options.workers) as self._fleet:
+            # The largest first, so that none is left alone at the end.
+            self._fleet.each(sorted(planned, key=lambda plan: -plan.entry.size), self._object)
             self._drop_unused()
             manifest = self._manifest(model_id)
+            if self._job.review is not None:
+                self._job.review(manifest)
             canonical = manifest.encode()
             keys = DekKeys.of(dek, model_id)
-            lanes = free.get()
-            shape, digest = self._write_manifest(pad(canonical), keys.manifest_key, lanes)
+            shape, digest = self._write_manifest(
+                pad(canonical), keys.manifest_key, self._fleet.lanes()
+            )
         index = encode_index(self._index)
         write_file(self._target / INDEX_FILE, index)
         revision = self._options.revision
@@ -308,41 +309,6 @@ class _Sealing:
             name, key, salt = self._random(16), self._random(KEY_SIZE), self._random(SALT_SIZE)
             planned.append(_Planned(entry, shape, name.hex(), key, salt))
         return planned
-
-    @contextmanager
-    def _lanes(self, files: int) -> Iterator[SimpleQueue[Lanes]]:
-        """Threads and memory for the files that are sealed side by side."""
-        cores = len(os.sched_getaffinity(0))
-        at_once = max(1, min(files, cores, MAX_FILES_AT_ONCE))
-        workers = self._options.workers or (0 if at_once == 1 else 2)
-        free: SimpleQueue[Lanes] = SimpleQueue()
-        with ExitStack() as stack:
-            for _ in range(at_once):
-                free.put(stack.enter_context(Lanes(workers)))
-            yield free
-
-    def _store(self, planned: list[_Planned], free: SimpleQueue[Lanes]) -> None:
-        """Make the objects, the largest first, so that none is left alone at the end."""
-
-        def one(plan: _Planned) -> None:
-            lanes = free.get()
-            try:
-                if not self._stopped:
-                    self._object(plan, lanes)
-            finally:
-                free.put(lanes)
-
-        with ThreadPoolExecutor(free.qsize(), thread_name_prefix="cai-model-file") as pool:
-            ordered = sorted(planned, key=lambda plan: -plan.entry.size)
-            futures = [pool.submit(one, plan) for plan in ordered]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._stopped = True
-                for future in futures:
-                    future.cancel()
-                raise
 
     def _object(self, plan: _Planned, lanes: Lanes) -> None:
         entry = plan.entry
@@ -405,8 +371,7 @@ class _Sealing:
         return Finished(entry.path, file.state, digest.hexdigest(), stored, listed)
 
     def _read(self, file: OriginFile, offset: int, view: memoryview) -> None:
-        if self._stopped:
-            raise Interrupted("stopped, because another file failed")
+        self._fleet.keep_on()
         file.readinto(offset, view)
 
     def _inline(self, entry: Entry) -> None:
