@@ -169,6 +169,12 @@ class DekKeys:
         return hmac.digest(self.header_key, header.authenticated(), sha256).hex()
 
 
+def kek_commitment(kek: Secret, model_id: str) -> str:
+    """Which KEK this is, for one model; says nothing about it (§2), hex."""
+    prk = derive.extract(bytes.fromhex(model_id), kek.reveal())
+    return derive.expand(prk, derive.KEK_COMMIT).hex()
+
+
 def wrap_dek(dek: bytes, kek: Secret, *, model_id: str, revision: int, nonce: bytes) -> WrappedDek:
     """Wrap a DEK under a KEK (§2); the nonce must be fresh and random."""
     prk = derive.extract(bytes.fromhex(model_id), kek.reveal())

@@ -32,6 +32,7 @@ from cai.model.layout import (
     INLINE_TOTAL,
     KEY_SIZE,
     MANIFEST_FILE,
+    METHOD,
     OBJECTS_DIR,
     SIGNATURE_FILE,
 )
@@ -133,6 +134,11 @@ def reseal(
         Tampered: something is not what was sealed; nothing has appeared.
         StorageError, NoSpace: the file system refused.
     """
+    if model.header.method != METHOD:
+        raise UsageError(
+            f"a model of method {model.header.method} is not resealed",
+            hint="decrypt it and seal it again",
+        )
     manifest, directory = model.manifest, model.files.directory
     place = out.parent.resolve() / out.name
     if directory is not None and directory.resolve() in (place, *place.parents):
