@@ -92,6 +92,11 @@ class SourceFile:
         """Device, inode, size and times: what tells whether it changed between two runs."""
         return tuple(str(number) for number in self._seen)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: the same file, however it is opened."""
+        return self._seen[3], self._seen[2]
+
     def readinto(self, offset: int, view: memoryview) -> None:
         """Fill the whole view from ``offset``.
 
