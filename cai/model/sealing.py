@@ -148,6 +148,9 @@ def reseal(
         following(model, options or SealOptions()), name=manifest.name, licence=manifest.licence,
         allow=manifest.allow, provenance=manifest.provenance,
     )
+    if any(item.shape.size > max(INLINE_SIZE, model.entries[path].size)
+           for path, item in manifest.stored.items()):
+        chosen = replace(chosen, pad=True)
     _check_options(chosen, kek)
     origin = SealedOrigin(model)
     job = Job(origin, origin.scan(), kek, chosen, None, journal, sign)
@@ -167,14 +170,28 @@ def interrupted_kek(out: Path, journal: Secret) -> Secret | None:
     Raises:
         StorageError: the folder cannot be listed.
     """
-    found: Secret | None = None
+    held = [kek for kek, _ in _journals(out, journal) if kek is not None]
+    return held[0] if held else None
+
+
+def was_interrupted(out: Path, journal: Secret) -> bool:
+    """Whether a killed run for this output left a journal under this secret.
+
+    Raises:
+        StorageError: the folder cannot be listed.
+    """
+    return bool(_journals(out, journal))
+
+
+def _journals(out: Path, secret: Secret) -> list[tuple[Secret | None, list[Finished]]]:
+    found: list[tuple[Secret | None, list[Finished]]] = []
     place = out.parent.resolve() / out.name
     try:
         for path, handle in leftovers(place):
-            held = read_journal(path, journal)
+            held = read_journal(path, secret)
             os.close(handle)
-            if found is None and held is not None:
-                found = held[0]
+            if held is not None:
+                found.append(held)
     except OSError as error:
         raise output_error(error, f"read {out.parent}") from error
     return found
@@ -219,12 +236,11 @@ def _run(
             report = _Sealing(job, stage.path, done, journal, advance).run()
             if before_commit is not None:
                 before_commit(report)
-            journal.remove()
+            stage.commit(last=journal.remove)
         except OSError as error:
             raise output_error(error, f"write {out}") from error
         finally:
             journal.close()
-        stage.commit()
     return report
 
 

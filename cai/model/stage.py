@@ -56,11 +56,14 @@ class Stage:
         except OSError as error:
             raise output_error(error, f"create {out}") from error
 
-    def commit(self, *, folders_synced: bool = False) -> None:
+    def commit(
+        self, *, folders_synced: bool = False, last: Callable[[], None] | None = None
+    ) -> None:
         """Make every folder durable and let it all appear at its place.
 
         Args:
             folders_synced: the caller has synced all folders below, and perhaps closed them.
+            last: called when nothing but the renaming is left to do; may raise ``OSError``.
 
         Raises:
             StorageError, NoSpace, UsageError: it could not; nothing has appeared.
@@ -72,6 +75,8 @@ class Stage:
             sync_directory(self.path)
             self.path.chmod(self._mode)
             refuse_occupied(self.out)
+            if last is not None:
+                last()
             self.path.rename(self.out)
         except OSError as error:
             raise output_error(error, f"create {self._shown}") from error
