@@ -9,6 +9,7 @@ import typer
 from rich.filesize import decimal
 from rich.text import Text
 
+from cai.errors import UsageError
 from cai.model.tree import EntryType
 from cai.terminal import JsonFlag, current
 
@@ -23,20 +24,46 @@ def inspect(
         Path | None,
         typer.Option("--key-file", help="File with the model's key; shows the tree as well."),
     ] = None,
+    expect_owner: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Refuse a manifest that this owner key did not sign."),
+    ] = None,
+    licence: Annotated[
+        bool, typer.Option("--licence", help="Print the whole text of the licence as well.")
+    ] = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Show what a sealed model is; without a key only what everybody may see, unauthenticated."""
+    from cai.cli.check import wanted_key
     from cai.model import open_model, read_header, read_key_file
 
     terminal = current()
+    owner = wanted_key(expect_owner)
     if key_file is None:
-        facts = _public(read_header(sealed)) | {"authenticated": False}
+        if owner or licence:
+            raise UsageError("--expect-owner and --licence need the key", hint="--key-file F")
+        facts = _public(read_header(sealed)) | _signed(sealed) | {"authenticated": False}
         terminal.result(facts, _shown(_lines(facts, "not authenticated: give --key-file")))
         return
-    with open_model(sealed, read_key_file(key_file)) as model:
+    with open_model(sealed, read_key_file(key_file), owner_key=owner) as model:
         facts = _public(model.header) | {"authenticated": True} | _private(model)
+        facts |= _signed(sealed) | ({"signature": "verified"} if owner else {})
         lines = _lines(facts, "the stored objects are not read: 'cai check' does that")
-        terminal.result(facts, _shown(lines + _tree(model)))
+        text = ["", *model.manifest.licence.text.splitlines()] if licence else []
+        terminal.result(facts, _shown(lines + _tree(model) + text))
+
+
+def _signed(sealed: Path) -> dict[str, str]:
+    """Who claims to have signed the manifest, if anybody does."""
+    from cai.model.files import StoredFiles
+    from cai.model.signature import read_signature
+
+    files = StoredFiles(sealed)
+    try:
+        found = read_signature(files)
+    finally:
+        files.close()
+    return {"signature": "not verified", "signed_by": found.owner_key} if found else {}
 
 
 def _public(header: Header) -> dict[str, Any]:
@@ -52,7 +79,8 @@ def _private(model: SealedModel) -> dict[str, Any]:
     return {
         "root": model.root, "content_root": model.content_root, "previous": manifest.previous,
         "name": manifest.name, "created": manifest.created, "allow": list(manifest.allow),
-        "licence": manifest.licence.name, "provenance": dict(manifest.provenance),
+        "licence": manifest.licence.name, "licence_terms": manifest.licence.terms,
+        "licence_text": manifest.licence.text, "provenance": dict(manifest.provenance),
         "entries": [
             {
                 "path": entry.path, "type": entry.type.value, "mode": entry.mode,
@@ -69,8 +97,10 @@ def _lines(facts: dict[str, Any], note: str) -> list[str]:
     shown = {
         name.replace("_", " "): _text(value)
         for name, value in facts.items()
-        if name not in ("entries", "authenticated") and value not in ("", [], {})
+        if name not in ("entries", "authenticated", "licence_text") and value not in ("", [], {})
     }
+    if text := facts.get("licence_text"):
+        shown["licence text"] = f"{len(text.encode())} bytes, shown by --licence"
     return [*(f"{name:<15} {value}" for name, value in shown.items()), f"({note})"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,9 +81,21 @@ class ModelKeys:
     def chosen(
         cls, source: Path, target: Path, *, key_out: Path | None, key_file: Path | None,
         kbs: str | None, key_id: str | None, admin_key: Path | None, owner_key: Path | None,
-        record_out: Path | None,
+        record_out: Path | None, rotating: bool = False,
     ) -> ModelKeys:
         """Read and check everything that can be wrong before anything is sealed.
+
+        Args:
+            source: what is sealed.
+            target: the sealed model.
+            key_out: where a new key shall be written.
+            key_file: the file with the key to use.
+            kbs: address of a KBS's admin listener.
+            key_id: the key's name there.
+            admin_key: its admin key.
+            owner_key: signs records and manifests; made when it is missing.
+            record_out: where the release record shall be written.
+            rotating: the options of a key are those of ``cai rotate``, and the target is there.
 
         Raises:
             UsageError: options that do not go together, or a key in a public place.
@@ -96,7 +109,7 @@ class ModelKeys:
             raise UsageError("--kbs needs --key-id, --admin-key and --owner-key")
         if record_out and not owner_key:
             raise UsageError("--record-out needs --owner-key, which signs the record")
-        if not (key_file or key_out or kbs):
+        if not (key_file or key_out or kbs or rotating):
             key_out = source.parent / f"{source.name}.key"
         for path in (key_out, record_out, owner_key):
             if path is not None:
@@ -117,14 +130,13 @@ class ModelKeys:
             StorageError: it cannot be written.
         """
         from cai.model import write_key_file
-        from cai.model.stage import sync_directory
 
         if self.key_out is None:
             return
         staged = _staged(self.key_out)
         if not staged.exists():
             write_key_file(staged, self.kek)
-            sync_directory(staged.parent)
+            _sync(staged.parent)
         self._created.append(staged)
 
     def place(self, sealed: Sealed, terminal: Terminal) -> None:
@@ -140,6 +152,7 @@ class ModelKeys:
         if self.key_out:
             if not (self._resumed and self.key_out.exists()):
                 write_key_file(self.key_out, self.kek)
+                _sync(self.key_out.parent)
             self._created.append(self.key_out)
         if not self.owner or not (self.record_out or self.upload):
             return
@@ -265,6 +278,14 @@ def _key(
     if staged is None or (key_out.exists() and _read_key(key_out) != staged):
         _refuse_existing(key_out)
     return ModelKeys(staged or new_key(), target, key_out, _resumed=staged is not None)
+
+
+def _sync(directory: Path) -> None:
+    """Make a new name durable, where the file system can."""
+    from cai.model.stage import sync_directory
+
+    with suppress(OSError):
+        sync_directory(directory)
 
 
 def _owner(path: Path) -> tuple[Ed25519PrivateKey, Path | None]:
