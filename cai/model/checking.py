@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cai.errors import StorageError, Tampered
 from cai.model.fleet import Fleet
+from cai.model.gocryptfs.checking import check_cipher
+from cai.model.gocryptfs.model import CipherModel
 from cai.model.index import PieceHasher, StoredFile, hash_pieces, index_digest, parse_index
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import (
@@ -88,10 +90,15 @@ def check(
         directory, kek, expect_root=expect_root, min_revision=min_revision, owner_key=owner_key
     ) as model:
         index = checked_index(model, index_sha256)
+        signed = read_signature(model.files) is not None
+        signature = "none" if not signed else "not asked" if owner_key is None else "verified"
+        if isinstance(model, CipherModel):
+            check_cipher(model, index, workers=workers, progress=progress)
+            _check_manifest_pieces(model, index[MANIFEST_FILE])
+            return _report(model, signature)
         # (C3) nothing is missing and nothing else is there
         found = model.files.listing()
         _check_listing(found - {SIGNATURE_FILE}, {HEADER_FILE, INDEX_FILE, *index})
-        signed = read_signature(model.files) is not None
         manifest = model.manifest
         files = [e for e in manifest.entries.values() if e.type is EntryType.FILE]
         total = sum(entry.size for entry in files)
@@ -107,12 +114,19 @@ def check(
 
             fleet.each(sorted(files, key=lambda entry: -entry.size), one)
         _check_manifest_pieces(model, index[MANIFEST_FILE])
-        return CheckReport(
-            model.model_id, model.revision, model.root, model.content_root,
-            content_verified=True, index_sha256=model.header.index_sha256, files=len(files),
-            objects=len(manifest.stored), plaintext_bytes=total,
-            signature="none" if not signed else "not asked" if owner_key is None else "verified",
-        )
+        return _report(model, signature)
+
+
+def _report(model: SealedModel, signature: str) -> CheckReport:
+    manifest = model.manifest
+    files = [e for e in manifest.entries.values() if e.type is EntryType.FILE]
+    objects = len(files) if manifest.cipher is not None else len(manifest.stored)
+    return CheckReport(
+        model.model_id, model.revision, model.root, model.content_root,
+        content_verified=True, index_sha256=model.header.index_sha256, files=len(files),
+        objects=objects, plaintext_bytes=sum(entry.size for entry in files),
+        signature=signature,
+    )
 
 
 def checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredFile]:
@@ -129,6 +143,8 @@ def checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredF
     if expected is not None and digest != expected:
         raise _tampered(INDEX_FILE, f"its SHA-256 is {digest}, expected {expected}")
     index = parse_index(data)
+    if model.manifest.cipher is not None:
+        return index
     # (C2) it lists exactly the stored files, with their lengths
     stored = {f"{OBJECTS_DIR}/{s.name}": s.shape.stored for s in model.manifest.stored.values()}
     stored[MANIFEST_FILE] = model.header.manifest.stored

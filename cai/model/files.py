@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cai.errors import InputError, InputMissing, LimitExceeded, Tampered, from_os_error
-from cai.model.layout import DATA_DIR, HEADER_FILE, OBJECTS_DIR
+from cai.model.layout import DATA_DIR, HEADER_FILE, MANIFEST_FILE, OBJECTS_DIR
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
@@ -230,8 +230,13 @@ def not_sealed(directory: Path, names: set[str]) -> InputError:
     """The error for a directory without ``cai.json``, by what else lies in it."""
     if "gocryptfs.conf" in names or "gocryptfs.diriv" in names:
         return InputError(
-            f"{directory} is a gocryptfs directory, which this version does not open",
-            hint="seal the model with 'cai encrypt --method cai'",
+            f"{directory} is a gocryptfs directory without a manifest: it holds no {HEADER_FILE}",
+            hint="open it with cai check, decrypt or mount, or seal the model with cai encrypt",
+        )
+    if DATA_DIR in names and MANIFEST_FILE in names:
+        return InputError(
+            f"{directory} is not a whole sealed model: {HEADER_FILE} is missing",
+            hint="fetch it again; its 'data' alone would be a gocryptfs directory without manifest",
         )
     return InputError(
         f"{directory} is not a sealed model: it holds no {HEADER_FILE}",
