@@ -27,8 +27,8 @@ def mount(
     kind: Annotated[
         str,
         typer.Option(
-            help="fuse decrypts what is read; tmpfs decrypts all of it into memory first; "
-            "auto is fuse where it can be used, else tmpfs."
+            help="fuse decrypts what is read; passthrough each file into memory when it is "
+            "opened; tmpfs all of it into memory first; auto chooses by kernel and memory."
         ),
     ] = "auto",
     expect_root: Annotated[
@@ -59,10 +59,11 @@ def mount(
 
     terminal = current()
     logging.basicConfig(format="cai: %(levelname)s: %(message)s")
-    chosen, reason = choose(kind)
+    choose(kind)  # what cannot be is said before the model is opened
     place.prepare(mount_point)
     where = mount_point.absolute()
     with closing(_open(sealed.absolute(), key_file, expect_root)) as model:
+        chosen, reason = choose(kind, model)
 
         def show(as_kind: Kind, ready: Callable[[dict[str, Any]], None], *, stay: bool) -> None:
             with _progress(terminal, model, as_kind) as advance:
@@ -85,13 +86,15 @@ def mount(
         def tell(facts: dict[str, Any]) -> None:
             _tell(terminal, facts, foreground=foreground)
 
-        if chosen is Kind.FUSE and not foreground:
+        if chosen is not Kind.TMPFS and not foreground:
             from cai.mount import background
 
+            # In the child the choice stays open between pass-through and FUSE, not to tmpfs.
+            wanted = Kind.AUTO if kind == Kind.AUTO and chosen is Kind.PASSTHROUGH else chosen
             try:
                 tell(
                     background.start(
-                        lambda ready: show(Kind.FUSE, ready, stay=True), log_file=log_file
+                        lambda ready: show(wanted, ready, stay=True), log_file=log_file
                     )
                 )
                 return
