@@ -92,6 +92,7 @@ def rotate(
                 "a gocryptfs model is opened by its password, not by a key that could be rotated",
                 hint="change the password with 'gocryptfs -passwd DIR/data', or reseal the model",
             )
+        _clear(place)
         already = is_under(header, new_kek)
         with open_model(place, new_kek if already else kek) as model:
             report = _report(model, new_kek, already=already)
@@ -127,9 +128,6 @@ def _rewrapped(header: Header, kek: Secret, new_kek: Secret) -> Header:
 def _replace_header(directory: Path, header: Header) -> None:
     """Write beside the model, then rename into it: it holds nothing else at any moment."""
     try:
-        for path, handle in leftovers(directory):
-            remove_tree(path)
-            os.close(handle)
         path, handle = locked_directory(directory)
         try:
             write_file(path / HEADER_FILE, header.encode())
@@ -140,6 +138,16 @@ def _replace_header(directory: Path, header: Header) -> None:
             os.close(handle)
     except OSError as error:
         raise output_error(error, f"write {HEADER_FILE}") from error
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a killed rotation left beside the model."""
+    try:
+        for path, handle in leftovers(directory):
+            remove_tree(path)
+            os.close(handle)
+    except OSError as error:
+        raise output_error(error, f"read {directory.parent}") from error
 
 
 @contextmanager
