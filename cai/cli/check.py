@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cai.errors import UsageError
-from cai.terminal import JsonFlag, current
+from cai.terminal import JsonFlag, Terminal, current
 
 if TYPE_CHECKING:
+    from cai.model import CheckReport
+    from cai.model.opening import AnyModel
     from cai.secret import Secret
 
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -41,20 +43,22 @@ def check(
     json_output: JsonFlag = False,
 ) -> None:
     """Authenticate every byte of a sealed model; name the file that is wrong."""
-    from cai.model import check as check_model
-    from cai.model import read_key_file
+    from cai.model.opening import check_any, read_key
 
     terminal = current()
     if (openssf_signature is None) != (openssf_public_key is None):
         raise UsageError("--openssf-signature needs --openssf-public-key, and that one it")
-    key, root = read_key_file(key_file), wanted_root(expect_root)
-    report = check_model(
+    key, root = read_key(sealed, key_file), wanted_root(expect_root)
+    report = check_any(
         sealed, key, expect_root=root, min_revision=min_revision,
         owner_key=wanted_key(expect_owner),
         index_sha256=_wanted(index_sha256, "--index-sha256"), progress=terminal.progress,
     )
     if openssf_signature and openssf_public_key:
         _check_bundle(sealed, key, report.root, openssf_signature, openssf_public_key)
+    if not report.root:
+        _tell_stock(terminal, sealed, report)
+        return
     lines = [
         f"{sealed}: every byte is the one that was sealed",
         f"model root    {report.root}",
@@ -64,6 +68,28 @@ def check(
     if report.signature != "none":
         lines.append(f"signature     {report.signature}")
     terminal.result(report.to_json(), "\n".join(lines))
+
+
+def _tell_stock(terminal: Terminal, sealed: Path, report: CheckReport) -> None:
+    from cai.model.gocryptfs.stock import UNPROTECTED
+
+    terminal.warn(f"{sealed} is {UNPROTECTED}")
+    lines = [
+        f"{sealed}: every block that is there verifies",
+        f"content root  {report.content_root} (of what is there now)",
+        f"{report.files} files, {report.plaintext_bytes} bytes",
+    ]
+    terminal.result(report.to_json(), "\n".join(lines))
+
+
+def warn_unprotected(terminal: Terminal, model: AnyModel, sealed: Path) -> None:
+    """Say what a bare gocryptfs directory does not protect, and what in it was left out."""
+    from cai.model.gocryptfs.stock import StockModel
+
+    if isinstance(model, StockModel):
+        terminal.warn(f"{sealed} is {model.unprotected}")
+        for stored in model.foreign:
+            terminal.warn(f"left out: {stored!r} is not a file of gocryptfs in this place")
 
 
 def wanted_root(text: str | None) -> str | None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cai.model import Manifest, SealedModel, SealOptions, SealReport
 
 _LATER = {
-    "gocryptfs": ("method gocryptfs comes in a later version", "use --method cai"),
     "sam": ("method sam is a closed format of another vendor", "use --method cai"),
 }
 
@@ -32,11 +31,18 @@ def encrypt(
         Path | None,
         typer.Option("-o", "--out", help="Where the sealed model appears (default: DIR.sealed)."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How it is sealed: cai.")] = "cai",
+    method: Annotated[
+        str,
+        typer.Option(help="How it is sealed: cai, or gocryptfs, which stock gocryptfs mounts."),
+    ] = "cai",
     key_out: Annotated[
         Path | None, typer.Option(help="Write a new key to this file (default: DIR.key).")
     ] = None,
     key_file: Annotated[Path | None, typer.Option(help="Seal with the key in this file.")] = None,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="Seal with the password in this file's first line (gocryptfs only)."),
+    ] = None,
     kbs: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Give a new key to the KBS with this admin address; it "
@@ -103,12 +109,19 @@ def encrypt(
 
     A run that was killed is gone on with by the same command.
     """
+    from cai.model.gocryptfs.config import KEY_LOG2_N, PASSWORD_LOG2_N
+    from cai.model.gocryptfs.sealing import seal_gocryptfs
+    from cai.model.layout import GOCRYPTFS, METHOD
     from cai.model.sealing import check_places, seal
 
     terminal = current()
-    if method != "cai":
-        message, hint = _LATER.get(method, (f"unknown method {method!r}", "use --method cai"))
+    gocryptfs = method == GOCRYPTFS
+    if method != METHOD and not gocryptfs:
+        known = "use --method cai or gocryptfs"
+        message, hint = _LATER.get(method, (f"unknown method {method!r}", known))
         raise UsageError(message, hint=hint)
+    if gocryptfs and (against or pad):
+        raise UsageError("--against and --pad are for --method cai")
     source = directory.absolute()
     target = out or source.parent / f"{source.name}.sealed"
     openssf = _OpenSsf(openssf_signature, openssf_public_key, openssf_key, openssf_out)
@@ -118,7 +131,8 @@ def encrypt(
     check_places(directory, target)
     keys = ModelKeys.chosen(
         source, target, key_out=key_out, key_file=key_file, kbs=kbs, key_id=key_id,
-        admin_key=admin_key, owner_key=owner_key, record_out=record_out,
+        admin_key=admin_key, owner_key=owner_key, record_out=record_out, gocryptfs=gocryptfs,
+        password_file=password_file,
     )
     options = _options(
         name, licence, licence_file, terms_file,
@@ -127,11 +141,19 @@ def encrypt(
     )
     with _older(against, old_key_file or key_file) as older, keys.undone_on_failure():
         keys.stage()
-        report = seal(
-            directory, target, keys.kek, options=options, progress=terminal.progress,
-            before_commit=lambda sealed: keys.place(sealed, terminal), against=older,
-            journal=keys.journal, sign=keys.sign(), review=openssf.review(name, keys),
-        )
+        if keys.password is not None:
+            report = seal_gocryptfs(
+                directory, target, keys.password, options=options, progress=terminal.progress,
+                before_commit=lambda sealed: keys.place(sealed, terminal), sign=keys.sign(),
+                review=openssf.review(name, keys),
+                log2_n=PASSWORD_LOG2_N if password_file else KEY_LOG2_N,
+            )
+        else:
+            report = seal(
+                directory, target, keys.kek, options=options, progress=terminal.progress,
+                before_commit=lambda sealed: keys.place(sealed, terminal), against=older,
+                journal=keys.journal, sign=keys.sign(), review=openssf.review(name, keys),
+            )
         keys.finish()
     _tell(terminal, report, target, keys)
 

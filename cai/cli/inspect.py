@@ -35,7 +35,8 @@ def inspect(
 ) -> None:
     """Show what a sealed model is; without a key only what everybody may see, unauthenticated."""
     from cai.cli.check import wanted_key
-    from cai.model import open_model, read_header, read_key_file
+    from cai.model import open_model, read_header
+    from cai.model.opening import read_key
 
     terminal = current()
     owner = wanted_key(expect_owner)
@@ -45,7 +46,7 @@ def inspect(
         facts = _public(read_header(sealed)) | _signed(sealed) | {"authenticated": False}
         terminal.result(facts, _shown(_lines(facts, "not authenticated: give --key-file")))
         return
-    with open_model(sealed, read_key_file(key_file), owner_key=owner) as model:
+    with open_model(sealed, read_key(sealed, key_file), owner_key=owner) as model:
         facts = _public(model.header) | {"authenticated": True} | _private(model)
         facts |= _signed(sealed) | ({"signature": "verified"} if owner else {})
         lines = _lines(facts, "the stored objects are not read: 'cai check' does that")
@@ -68,13 +69,15 @@ def _signed(sealed: Path) -> dict[str, str]:
 
 def _public(header: Header) -> dict[str, Any]:
     return {
-        "method": "cai", "model_id": header.model_id, "revision": header.revision,
+        "method": header.method, "model_id": header.model_id, "revision": header.revision,
         "kek_commitment": header.dek.kek_commitment, "manifest_bytes": header.manifest.size,
         "index_sha256": header.index_sha256,
     }
 
 
 def _private(model: SealedModel) -> dict[str, Any]:
+    from cai.model.gocryptfs.entries import text_member
+
     manifest = model.manifest
     return {
         "root": model.root, "content_root": model.content_root, "previous": manifest.previous,
@@ -83,10 +86,10 @@ def _private(model: SealedModel) -> dict[str, Any]:
         "licence_text": manifest.licence.text, "provenance": dict(manifest.provenance),
         "entries": [
             {
-                "path": entry.path, "type": entry.type.value, "mode": entry.mode,
+                **text_member("path", entry.path), "type": entry.type.value, "mode": entry.mode,
                 "size": entry.size,
                 **({"sha256": entry.sha256} if entry.sha256 else {}),
-                **({"target": entry.target} if entry.target else {}),
+                **(text_member("target", entry.target) if entry.target else {}),
             }
             for entry in manifest.entries.values()
         ],
@@ -105,6 +108,8 @@ def _lines(facts: dict[str, Any], note: str) -> list[str]:
 
 
 def _tree(model: SealedModel) -> list[str]:
+    from cai.model.gocryptfs.model import CipherModel
+
     lines = [""]
     for entry in model.entries.values():
         size = decimal(entry.size) if entry.type is EntryType.FILE else ""
@@ -112,6 +117,8 @@ def _tree(model: SealedModel) -> list[str]:
         slash = "/" if entry.type is EntryType.DIRECTORY else ""
         storage = model.manifest.stored.get(entry.path)
         where = f"  (object {storage.name})" if storage else ""
+        if isinstance(model, CipherModel) and entry.type is not EntryType.DIRECTORY:
+            where = f"  ({model.stored.path(entry.path)})"
         lines.append(f"{size:>10}  {entry.path}{slash}{suffix}{where}")
     return lines
 

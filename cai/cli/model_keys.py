@@ -64,6 +64,7 @@ class ModelKeys:
         owner: signs records and manifests.
         journal: encrypts the journal of a sealing whose key is in no file; else ``None``.
         upload: gives the record to a KBS, if it shall.
+        password: of a gocryptfs model, whose record holds no key; else ``None``.
     """
 
     kek: Secret
@@ -73,6 +74,7 @@ class ModelKeys:
     owner: Ed25519PrivateKey | None = None
     journal: Secret | None = None
     upload: Callable[[bytes], None] | None = None
+    password: Secret | None = None
     _new_owner: Path | None = None
     _resumed: bool = False
     _created: list[Path] = field(default_factory=list)
@@ -81,7 +83,8 @@ class ModelKeys:
     def chosen(
         cls, source: Path, target: Path, *, key_out: Path | None, key_file: Path | None,
         kbs: str | None, key_id: str | None, admin_key: Path | None, owner_key: Path | None,
-        record_out: Path | None, rotating: bool = False,
+        record_out: Path | None, rotating: bool = False, gocryptfs: bool = False,
+        password_file: Path | None = None,
     ) -> ModelKeys:
         """Read and check everything that can be wrong before anything is sealed.
 
@@ -96,6 +99,8 @@ class ModelKeys:
             owner_key: signs records and manifests; made when it is missing.
             record_out: where the release record shall be written.
             rotating: the options of a key are those of ``cai rotate``, and the target is there.
+            gocryptfs: the key serves as a password, in hex.
+            password_file: the file with the password of a gocryptfs model.
 
         Raises:
             UsageError: options that do not go together, or a key in a public place.
@@ -103,13 +108,17 @@ class ModelKeys:
         """
         if key_file and (key_out or kbs):
             raise UsageError("--key-file cannot stand beside --key-out or --kbs")
+        if password_file and (key_file or key_out or not gocryptfs):
+            raise UsageError(
+                "--password-file is for --method gocryptfs, without --key-file or --key-out"
+            )
         if not kbs and (key_id or admin_key):
             raise UsageError("--key-id and --admin-key need --kbs", hint="give the KBS's address")
         if kbs and not (key_id and admin_key and owner_key):
             raise UsageError("--kbs needs --key-id, --admin-key and --owner-key")
         if record_out and not owner_key:
             raise UsageError("--record-out needs --owner-key, which signs the record")
-        if not (key_file or key_out or kbs or rotating):
+        if not (key_file or key_out or kbs or rotating or password_file):
             key_out = source.parent / f"{source.name}.key"
         for path in (key_out, record_out, owner_key):
             if path is not None:
@@ -117,6 +126,8 @@ class ModelKeys:
         owner, new_owner = _owner(owner_key) if owner_key else (None, None)
         keys = _key(target, key_out, key_file, None if new_owner else owner)
         keys.record_out, keys.owner, keys._new_owner = record_out, owner, new_owner
+        if gocryptfs:
+            keys.password = _password(keys.kek, password_file)
         if record_out is not None and not keys._is_own_record(record_out):
             _refuse_existing(record_out)
         if kbs and key_id and admin_key:
@@ -197,16 +208,20 @@ class ModelKeys:
             lines.append(f"key           {self.key_out} - never publish it, and keep a copy")
         if self.record_out:
             facts["record_out"] = str(self.record_out)
-            lines.append(f"record        {self.record_out} - it holds the key as well")
+            note = "it holds the key as well" if self.password is None else "without the password"
+            lines.append(f"record        {self.record_out} - {note}")
         if self.upload:
-            lines.append("the KBS has the release record; nobody gets it before a policy allows it")
+            what = "release record" if self.password is None else "password and release record"
+            lines.append(f"the KBS has the {what}; nobody gets it before a policy allows it")
 
     def _record(self, sealed: Sealed, owner: Ed25519PrivateKey) -> bytes:
         from cai.model import ReleaseRecord
         from cai.model.record import public_key_hex
+        from cai.secret import Secret
 
         return ReleaseRecord(
-            kek=self.kek, model_id=sealed.model_id, manifest_root=sealed.root,
+            kek=self.kek if self.password is None else Secret(b""),
+            model_id=sealed.model_id, manifest_root=sealed.root,
             min_revision=sealed.revision, index_sha256=sealed.index_sha256,
             owner_key=public_key_hex(owner), allow=sealed.allow,
         ).sign(owner)
@@ -221,10 +236,12 @@ class ModelKeys:
             return False
         try:
             data = read_secret_file(path, what="release record").reveal()
-            record = ReleaseRecord.parse(data, owner_key=public_key_hex(self.owner))
+            record = ReleaseRecord.parse(
+                data, owner_key=public_key_hex(self.owner), with_kek=self.password is None
+            )
         except CaiError:
             return False
-        return record.kek == self.kek
+        return self.password is not None or record.kek == self.kek
 
     def _prepare_upload(self, kbs: str, key_id: str, admin_key: Path) -> None:
         from cai.cli.kbs_upload import check_address, upload_resource
@@ -238,7 +255,16 @@ class ModelKeys:
         check_address(kbs)
         admin = read_private_key(admin_key, what="admin key")
         resource = "/".join(match.groups())
-        self.upload = lambda record: upload_resource(kbs, resource, record, admin)
+
+        def upload(record: bytes) -> None:
+            if self.password is None:
+                upload_resource(kbs, resource, record, admin)
+                return
+            # Stock hosts take the raw password (decisions §3.1); ours demand the record beside it.
+            upload_resource(kbs, resource, self.password.reveal(), admin)
+            upload_resource(kbs, f"{resource}.cai", record, admin)
+
+        self.upload = upload
 
 
 class _Undo:
@@ -253,7 +279,8 @@ class _Undo:
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
         from cai.model.rekeying import opens
 
-        if kind is None or opens(self._keys.target, self._keys.kek):
+        key = self._keys.password or self._keys.kek
+        if kind is None or opens(self._keys.target, key):
             return
         for path in self._keys._created:
             path.unlink(missing_ok=True)
@@ -278,6 +305,16 @@ def _key(
     if staged is None or (key_out.exists() and _read_key(key_out) != staged):
         _refuse_existing(key_out)
     return ModelKeys(staged or new_key(), target, key_out, _resumed=staged is not None)
+
+
+def _password(kek: Secret, password_file: Path | None) -> Secret:
+    """The password of a gocryptfs model: what a file says, or the key as its key file spells it."""
+    from cai.model.gocryptfs.keys import read_password_file
+    from cai.secret import Secret
+
+    if password_file is not None:
+        return read_password_file(password_file)
+    return Secret(kek.reveal().hex().encode("ascii"))
 
 
 def _sync(directory: Path) -> None:

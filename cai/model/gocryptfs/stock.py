@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cai.errors import (
@@ -149,7 +149,7 @@ class StockModel:
         self._stored: dict[str, str] = {}
         self.foreign: list[str] = []
         found = self._scan()
-        self.entries = {
+        self.entries: Mapping[str, Entry] = {
             entry.path: entry for entry in sorted(found, key=lambda e: name_bytes(e.path))
         }
         links = {e.path: e.target for e in found if e.type is EntryType.SYMLINK}
