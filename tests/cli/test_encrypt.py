@@ -170,7 +170,7 @@ BAD_INPUT: list[tuple[str, list[str], int, str]] = [
     ("owner key is no key", ["encrypt", "model", "--owner-key", "file"], 3, "Ed25519"),
     ("licence missing", ["encrypt", "model", "--licence-file", "nothing"], 3, "nothing"),
     ("unknown option", ["encrypt", "model", "--kye-out", "k"], 2, "--kye-out"),
-    ("check: nothing there", ["check", "nothing", "--key-file", "file"], 3, "file"),
+    ("check: nothing there", ["check", "nothing", "--key-file", "file"], 3, "nothing"),
     ("check: not sealed", ["check", "model", "--key-file", "KEY"], 3, "cai.json"),
     ("check: a file", ["check", "file", "--key-file", "KEY"], 3, "not a directory"),
     ("check: no key", ["check", "model"], 2, "--key-file"),
