@@ -168,6 +168,8 @@ class OssStore:
             listed = self._call(
                 lambda: list(oss2.MultipartUploadIterator(self._bucket, prefix=prefix))
             )
+        except Unauthenticated:
+            raise
         except Refused:
             return found
         for item in listed:

@@ -172,6 +172,8 @@ class S3Store:
         found: dict[str, list[Upload]] = {}
         try:
             listed = self._call(lambda: self._pages("list_multipart_uploads", Prefix=prefix))
+        except Unauthenticated:
+            raise
         except Refused:
             return found
         for page in listed:
@@ -223,6 +225,7 @@ class S3Store:
                 f"{where}: no credentials were found", hint="docs/stores.md lists where they may be"
             ) from error
         except (
+            botocore.exceptions.ConnectionError,
             botocore.exceptions.HTTPClientError,
             botocore.exceptions.IncompleteReadError,
             botocore.exceptions.ResponseStreamingError,
