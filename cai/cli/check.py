@@ -90,6 +90,8 @@ def warn_unprotected(terminal: Terminal, model: AnyModel, sealed: Path) -> None:
         terminal.warn(f"{sealed} is {model.unprotected}")
         for stored in model.foreign:
             terminal.warn(f"left out: {stored!r} is not a file of gocryptfs in this place")
+        for path, fault in model.outside.items():
+            terminal.warn(f"symbolic link {path!r}: {fault}")
 
 
 def wanted_root(text: str | None) -> str | None:

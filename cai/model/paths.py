@@ -6,7 +6,7 @@ through here before anything touches a file system.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from cai.errors import FormatError
 
@@ -84,10 +84,18 @@ def check_links(links: Mapping[str, str], *, any_bytes: bool = False) -> None:
     Raises:
         FormatError: naming the link that leads outside or in a circle.
     """
+    for path, fault in link_faults(links, any_bytes=any_bytes):
+        raise FormatError(f"symbolic link {path!r}: {fault}")
+
+
+def link_faults(
+    links: Mapping[str, str], *, any_bytes: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Every link that does not stay inside the tree, and why; arguments as ``check_links``."""
     for path in links:
         fault = target_fault(links[path], any_bytes=any_bytes) or _resolution_fault(path, links)
         if fault:
-            raise FormatError(f"symbolic link {path!r}: {fault}")
+            yield path, fault
 
 
 def _resolution_fault(path: str, links: Mapping[str, str]) -> str | None:

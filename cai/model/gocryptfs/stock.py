@@ -41,7 +41,7 @@ from cai.model.gocryptfs.layout import (
 from cai.model.gocryptfs.names import ZERO_IV, NameCipher, long_name
 from cai.model.gocryptfs.reader import BlockReader
 from cai.model.layout import MAX_ENTRIES
-from cai.model.paths import check_links, name_bytes, path_fault
+from cai.model.paths import link_faults, name_bytes, path_fault
 from cai.model.tree import Entry, EntryType
 from cai.secret import Secret
 
@@ -126,6 +126,7 @@ class StockModel:
 
     Attributes:
         entries: every path but the root, parents before children; without digests.
+        outside: symbolic links that lead out of the tree, and how; stock shows them too.
         foreign: stored paths that gocryptfs did not make, or not here; they are left out.
         files: the stored files.
         root: empty, as are the other names that only a manifest gives.
@@ -153,7 +154,7 @@ class StockModel:
             entry.path: entry for entry in sorted(found, key=lambda e: name_bytes(e.path))
         }
         links = {e.path: e.target for e in found if e.type is EntryType.SYMLINK}
-        check_links(links, any_bytes=True)
+        self.outside = dict(link_faults(links, any_bytes=True))
 
     def open(self, path: str) -> BlockReader:
         """Open a file of the tree.
@@ -252,6 +253,8 @@ class StockModel:
             return Entry(path, EntryType.FILE, plain_size(found.st_size), mode)
         if stat.S_ISLNK(found.st_mode):
             target = self._target(stored, os.readlink(name, dir_fd=handle))
+            if not target or "\x00" in target:
+                raise Tampered(f"{stored} was altered: it is a link to nothing", path=stored)
             return Entry(path, EntryType.SYMLINK, len(name_bytes(target)), 0o777, target)
         raise InputError(
             f"{stored} is a device, socket or pipe", hint="a model holds files, folders and links"

@@ -1,23 +1,14 @@
-"""Directories and known answers that stock gocryptfs made."""
+"""Known answers of stock gocryptfs, and a small sealed model of ours."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-VECTORS = Path(os.environ.get("CAI_VECTORS", ROOT / "../shared/vectors")) / "gocryptfs"
-
-
-def vector(name: str) -> Any:
-    path = VECTORS / name
-    if not path.is_file():
-        pytest.skip(f"no vectors of stock gocryptfs at {VECTORS} (set CAI_VECTORS)")
-    return json.loads(path.read_text())
+from cai.model.gocryptfs.sealing import seal_gocryptfs
+from tests.model.gocryptfs.trees import PASSWORD, Sealed, copied, vector, write_tree
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +19,18 @@ def kat() -> Any:
 @pytest.fixture(scope="session")
 def negative() -> Any:
     return vector("negative.json")
+
+
+@pytest.fixture(scope="session")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Sealed:
+    work = tmp_path_factory.mktemp("gocryptfs")
+    (work / "tree").mkdir()
+    write_tree(work / "tree")
+    report = seal_gocryptfs(work / "tree", work / "out", PASSWORD, log2_n=10)
+    return Sealed(work / "out", work / "tree", report)
+
+
+@pytest.fixture
+def out(sealed: Sealed, tmp_path: Path) -> Path:
+    """A copy of the sealed model that a test may damage."""
+    return copied(sealed.out, tmp_path / "out")
