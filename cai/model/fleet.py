@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from cai.errors import Interrupted
@@ -18,6 +18,9 @@ from cai.model.lanes import Lanes
 
 MAX_FILES_AT_ONCE = 6
 """Most files that are worked on side by side; each takes about 35 MB of memory."""
+
+SIGNAL_CHECK_S = 0.2
+"""Longest time until a signal is noticed, seconds."""
 
 Item = TypeVar("Item")
 
@@ -53,11 +56,16 @@ class Fleet:
             finally:
                 self._free.put(lanes)
 
+        futures: list[Future[None]] = []
+        ended: SimpleQueue[Future[None]] = SimpleQueue()
         with ThreadPoolExecutor(self._count, thread_name_prefix="cai-model-file") as pool:
-            futures = [pool.submit(one, item) for item in items]
             try:
-                for future in as_completed(futures):
-                    future.result()
+                # A signal may come between any two of these.
+                for item in items:
+                    futures.append(pool.submit(one, item))
+                    futures[-1].add_done_callback(ended.put)
+                for _ in range(len(futures)):
+                    _next(ended).result()
             except BaseException:
                 self._stopped = True
                 for future in futures:
@@ -86,3 +94,16 @@ class Fleet:
 
     def __exit__(self, *_exception: object) -> None:
         self._stack.close()
+
+
+def _next(ended: SimpleQueue[Future[None]]) -> Future[None]:
+    """The next that ended.
+
+    A signal that comes just before a wait without end is not noticed until that ends, so the main
+    thread waits in short pieces.
+    """
+    while True:
+        try:
+            return ended.get(timeout=SIGNAL_CHECK_S)
+        except Empty:
+            continue
