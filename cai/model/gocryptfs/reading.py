@@ -1,7 +1,7 @@
 """Reading whole trees: groups decrypted by workers, hashed in order here.
 
 What decrypts, writes to disk or checks a model stands on this: workers fill shared slots with the
-plaintext and the stored bytes of up to two groups, and hand them over in the order of the files.
+plaintext and the stored bytes of up to four groups, and hand them over in the order of the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cai.model.gocryptfs.layout import GROUP_PLAIN, GROUP_STORED, groups_in
 from cai.model.gocryptfs.reader import BlockReader
 from cai.model.tree import Entry
 
-UNIT_GROUPS = 2
+UNIT_GROUPS = 4
 UNIT_PLAIN = UNIT_GROUPS * GROUP_PLAIN
 SLOT = UNIT_PLAIN + UNIT_GROUPS * GROUP_STORED
 
@@ -30,7 +30,7 @@ class CipherTreeModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Up to two groups of one file."""
+    """Up to four groups of one file."""
 
     path: str
     size: int

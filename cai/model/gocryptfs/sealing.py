@@ -69,8 +69,8 @@ from cai.model.writer import write_object
 from cai.secret import Secret
 from cai.terminal import Advance
 
-UNIT_GROUPS = 2
-"""Groups in one unit of work: 2 MiB of plaintext."""
+UNIT_GROUPS = 4
+"""Groups in one unit of work: 4 MiB of plaintext."""
 
 UNIT_PLAIN = UNIT_GROUPS * GROUP_PLAIN
 _SLOT = UNIT_PLAIN + UNIT_GROUPS * GROUP_STORED
@@ -140,7 +140,7 @@ def seal_gocryptfs(
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One unit of work: up to two groups of one file."""
+    """One unit of work: up to four groups of one file."""
 
     file: int
     path: str
