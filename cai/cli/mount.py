@@ -16,12 +16,14 @@ from cai.errors import StorageError, UsageError
 from cai.terminal import JsonFlag, Terminal, current
 
 if TYPE_CHECKING:
-    from cai.model import SealedModel
+    from cai.model.opening import AnyModel
     from cai.mount import Kind
 
 
 def mount(
-    sealed: Annotated[Path, typer.Argument(help="Directory of the sealed model.")],
+    sealed: Annotated[
+        str, typer.Argument(help="Directory of the sealed model, or its URI: read on demand.")
+    ],
     mount_point: Annotated[Path, typer.Argument(help="An empty directory to mount it on.")],
     key_file: Annotated[Path, typer.Option("--key-file", help="File with the model's key.")],
     kind: Annotated[
@@ -62,7 +64,7 @@ def mount(
     choose(kind)  # what cannot be is said before the model is opened
     place.prepare(mount_point)
     where = mount_point.absolute()
-    with closing(_open(sealed.absolute(), key_file, expect_root)) as model:
+    with closing(_open(sealed, key_file, expect_root)) as model:
         chosen, reason = choose(kind, model)
 
         def show(as_kind: Kind, ready: Callable[[dict[str, Any]], None], *, stay: bool) -> None:
@@ -105,16 +107,23 @@ def mount(
         show(chosen if chosen is Kind.TMPFS else Kind(kind), tell, stay=foreground)
 
 
-def _open(sealed: Path, key_file: Path, expect_root: str | None) -> SealedModel:
-    from cai.model import open_model, read_key_file
+def _open(sealed: str, key_file: Path, expect_root: str | None) -> AnyModel:
+    from cai.cli.check import warn_unprotected
+    from cai.loaders.opening import in_a_store, open_tree
+    from cai.model.opening import open_any, read_key
 
     if expect_root is not None and not re.fullmatch(r"[0-9a-f]{64}", expect_root):
         raise UsageError("--expect-root is not 64 lower-case hex digits", hint="see cai inspect")
-    return open_model(sealed, read_key_file(key_file), expect_root=expect_root)
+    if in_a_store(sealed):
+        return open_tree(sealed, key_file, expect_root=expect_root)
+    directory = Path(sealed.removeprefix("file://").removeprefix("file:")).absolute()
+    model = open_any(directory, read_key(directory, key_file), expect_root=expect_root)
+    warn_unprotected(current(), model, directory)
+    return model
 
 
 def _progress(
-    terminal: Terminal, model: SealedModel, kind: Kind
+    terminal: Terminal, model: AnyModel, kind: Kind
 ) -> AbstractContextManager[Callable[[int], None]]:
     from cai.mount import Kind
 

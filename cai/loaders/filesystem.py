@@ -17,7 +17,7 @@ from cai.errors import Tampered
 from cai.loaders.opening import open_tree
 from cai.loaders.paths import resolve
 from cai.loaders.tensors import load_safetensors
-from cai.model import SealedModel
+from cai.model.opening import AnyModel
 from cai.model.tree import Entry, EntryType, FileReader
 
 BUFFER = 256 * 1024
@@ -91,7 +91,7 @@ class SealedFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     Attributes:
         tree: the opened model.
-        root: its ``model_root``, hex.
+        root: its ``model_root``, hex; empty for a bare gocryptfs directory, which has none.
 
     Raises:
         CaiError: as ``open_tree``.
@@ -102,7 +102,7 @@ class SealedFileSystem(AbstractFileSystem):  # type: ignore[misc]
     root_marker = ""
 
     def __init__(
-        self, uri: str = "", key_file: str = "", tree: SealedModel | None = None,
+        self, uri: str = "", key_file: str = "", tree: AnyModel | None = None,
         expect_root: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(**options)

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
 from cai.errors import UsageError
-from cai.model import SealedModel, open_model, read_key_file
+from cai.model.gocryptfs.stock import StockModel
+from cai.model.header import Header
+from cai.model.keys import read_key_file
+from cai.model.layout import GOCRYPTFS, HEADER_FILE, MAX_HEADER_FILE
+from cai.model.opening import AnyModel, open_any, read_key
+from cai.model.sealed import open_model_files
 from cai.secret import Secret
 
 Key = Secret | bytes | str | os.PathLike[str]
-"""The key itself, 32 bytes, or the path of a key file."""
+"""The key itself (32 bytes, or the password of a gocryptfs model), or the path of its file."""
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.ASCII)
+log = logging.getLogger("cai.loaders")
+
+
+def in_a_store(uri: str | os.PathLike[str]) -> bool:
+    """Whether a model is named by the URI of a store, and not by a directory of this machine."""
+    from cai.store.uri import SCHEMES
+
+    text = os.fspath(uri)
+    if not isinstance(uri, str) or text.startswith("file:") or Path(text).exists():
+        return False
+    scheme, colon, rest = text.partition(":")
+    return bool(colon) and (scheme.lower() in SCHEMES or rest.startswith("/"))
 
 
 def open_tree(
     uri: str | os.PathLike[str], key: Key, *, expect_root: str | None = None, min_revision: int = 0
-) -> SealedModel:
-    """Open a sealed model.
+) -> AnyModel:
+    """Open a sealed model of any method.
 
     Args:
         uri: a directory, ``file:PATH``, or the URI of a store, which is then read on demand.
@@ -32,22 +49,43 @@ def open_tree(
     """
     if expect_root is not None and not re.fullmatch(r"[0-9a-f]{64}", expect_root):
         raise UsageError("expect_root is not 64 lower-case hex digits", hint="see cai inspect")
-    text = os.fspath(uri)
-    scheme = _SCHEME.match(text)
-    if scheme is None or scheme[1] == "file" or Path(text).exists():
-        directory = Path(text.removeprefix("file://").removeprefix("file:"))
-        return open_model(directory, _key(key), expect_root=expect_root, min_revision=min_revision)
-    from cai.model.sealed import open_model_files
+    if in_a_store(uri):
+        return _from_store(str(uri), key, expect_root, min_revision)
+    directory = Path(os.fspath(uri).removeprefix("file://").removeprefix("file:"))
+    secret = _given(key) or read_key(directory, Path(_path(key)))
+    model = open_any(directory, secret, expect_root=expect_root, min_revision=min_revision)
+    if isinstance(model, StockModel):
+        log.warning("%s is %s", directory, model.unprotected)
+    return model
+
+
+def _from_store(uri: str, key: Key, expect_root: str | None, min_revision: int) -> AnyModel:
     from cai.store import open_ranged
 
-    return open_model_files(
-        open_ranged(text), _key(key), expect_root=expect_root, min_revision=min_revision
-    )
+    files = open_ranged(uri)
+    try:
+        secret = _given(key)
+        if secret is None:
+            method = Header.parse(files.read(HEADER_FILE, limit=MAX_HEADER_FILE)).method
+            secret = _from_file(Path(_path(key)), password=method == GOCRYPTFS)
+    except BaseException:
+        files.close()
+        raise
+    return open_model_files(files, secret, expect_root=expect_root, min_revision=min_revision)
 
 
-def _key(key: Key) -> Secret:
-    if isinstance(key, Secret):
-        return key
+def _from_file(path: Path, *, password: bool) -> Secret:
+    from cai.model.gocryptfs.keys import read_password_file
+
+    return read_password_file(path) if password else read_key_file(path)
+
+
+def _given(key: Key) -> Secret | None:
     if isinstance(key, bytes):
         return Secret(key)
-    return read_key_file(Path(key))
+    return key if isinstance(key, Secret) else None
+
+
+def _path(key: Key) -> str:
+    assert not isinstance(key, bytes | Secret)  # noqa: S101 - those are given, not read
+    return os.fspath(key)

@@ -234,7 +234,9 @@ def test_a_killed_worker_is_replaced(fuse_point: Path, number: int) -> None:
         assert replaced(mounted, number, lost)
         assert (fuse_point / "a/b/big").read_bytes() == BIG
         assert not mounted.wait(0)
-        os.kill(mounted.pids[1 - number], signal.SIGKILL)  # now the new one answers all
+        other = mounted.pids[1 - number]
+        os.kill(other, signal.SIGKILL)
+        assert replaced(mounted, 1 - number, other)
         assert (fuse_point / "many/0007").read_bytes() == b"7"
         pids = list(mounted.pids)
     assert not any(running(pid) for pid in pids)
