@@ -150,10 +150,12 @@ class BlockReader:
         """The stored header; empty for an empty file."""
         return encode_header(self._file_id) if self._file_id else b""
 
-    def forget(self, group: int) -> None:
-        """The ciphertext of this group is not needed again."""
-        if self._handle is not None:
-            self._files.forget(self._handle, block_offset(group * GROUP), GROUP_STORED)
+    def forget(self, offset: int, length: int) -> None:
+        """The ciphertext of this part of the plaintext is not needed again."""
+        if self._handle is not None and length > 0:
+            start = block_offset(offset // BLOCK)
+            end = block_offset(-(-(offset + length) // BLOCK))
+            self._files.forget(self._handle, start, end - start)
 
     def close(self) -> None:
         """Close the stored file."""

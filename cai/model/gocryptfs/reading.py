@@ -92,7 +92,7 @@ class UnitReader:
         for i in range(groups_in(unit.length)):
             part = plain[i * GROUP_PLAIN : (i + 1) * GROUP_PLAIN]
             end += len(reader.read_group(unit.group + i, slot[end : end + GROUP_STORED], part))
-            reader.forget(unit.group + i)
+        reader.forget(unit.offset, unit.length)
         if self._sink is not None:
             self._sink(unit, plain)
         return (end - UNIT_PLAIN).to_bytes(8, "big")
