@@ -311,6 +311,19 @@ def open_stock_with_master_key(
     return _opened(directory, lambda _: CipherKeys.of(master_key.reveal()), holes=holes)
 
 
+def read_config(directory: Path) -> Config:
+    """The configuration of a bare cipher directory; nothing in it is authenticated.
+
+    Raises:
+        CaiError: as ``open_stock``.
+    """
+    files = CipherFiles(directory)
+    try:
+        return _config(files)
+    finally:
+        files.close()
+
+
 def is_cipher_directory(directory: Path) -> bool:
     """Whether this is a bare cipher directory; ``False`` also for what cannot be looked at."""
     return (directory / CONF_FILE).is_file()
@@ -329,15 +342,20 @@ def refuse_reverse(names: set[str]) -> None:
         )
 
 
+def _config(files: CipherFiles) -> Config:
+    names = files.listing()
+    refuse_reverse(names)
+    if CONF_FILE not in names:
+        raise InputError(f"{files.directory} is not a gocryptfs directory: it has no {CONF_FILE}")
+    return Config.parse(files.read(CONF_FILE, limit=MAX_CONF_FILE))
+
+
 def _opened(
     directory: Path, keys_of: Callable[[Config], CipherKeys], *, holes: bool
 ) -> StockModel:
     files = CipherFiles(directory)
     try:
-        refuse_reverse(files.listing())
-        if CONF_FILE not in files.listing():
-            raise InputError(f"{directory} is not a gocryptfs directory: it has no {CONF_FILE}")
-        config = Config.parse(files.read(CONF_FILE, limit=MAX_CONF_FILE))
+        config = _config(files)
         return StockModel(files, config, keys_of(config), holes=holes)
     except OSError as error:
         files.close()
