@@ -90,6 +90,9 @@ def encrypt(
     old_key_file: Annotated[
         Path | None, typer.Option(help="Key of OLD, and of the new one if no other is chosen.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where a killed run stopped.")
+    ] = True,
     openssf_signature: Annotated[
         Path | None,
         typer.Option(help="Refuse a model that this OpenSSF model-signing bundle does not sign."),
@@ -153,6 +156,7 @@ def encrypt(
                 directory, target, keys.kek, options=options, progress=terminal.progress,
                 before_commit=lambda sealed: keys.place(sealed, terminal), against=older,
                 journal=keys.journal, sign=keys.sign(), review=openssf.review(name, keys),
+                resume=resume,
             )
         keys.finish()
     _tell(terminal, report, target, keys)

@@ -153,16 +153,16 @@ class ModelKeys:
     def place(self, sealed: Sealed, terminal: Terminal) -> None:
         """Put key and record in their places, before the sealed model appears."""
         from cai.cli.owner_keys import private_pem
-        from cai.model import write_key_file
         from cai.secret import Secret, write_secret_file
 
         if self._new_owner and self.owner:
+            _remove_empty(self._new_owner)
             write_secret_file(self._new_owner, private_pem(self.owner), what="owner key")
             self._created.append(self._new_owner)
             terminal.say(f"made the owner key {self._new_owner}: it signs releases, keep it safe")
         if self.key_out:
             if not (self._resumed and self.key_out.exists()):
-                write_key_file(self.key_out, self.kek)
+                _named(_staged(self.key_out), self.key_out, self.kek)
                 _sync(self.key_out.parent)
             self._created.append(self.key_out)
         if not self.owner or not (self.record_out or self.upload):
@@ -235,6 +235,8 @@ class ModelKeys:
         if not self._resumed or self.owner is None or path.is_symlink() or not path.exists():
             return False
         try:
+            if not path.stat().st_size:
+                return True  # killed between making it and writing it
             data = read_secret_file(path, what="release record").reveal()
             record = ReleaseRecord.parse(
                 data, owner_key=public_key_hex(self.owner), with_kek=self.password is None
@@ -261,8 +263,8 @@ class ModelKeys:
                 upload_resource(kbs, resource, record, admin)
                 return
             # Stock hosts take the raw password (decisions §3.1); ours demand the record beside it.
-            upload_resource(kbs, resource, self.password.reveal(), admin)
             upload_resource(kbs, f"{resource}.cai", record, admin)
+            upload_resource(kbs, resource, self.password.reveal(), admin)
 
         self.upload = upload
 
@@ -317,6 +319,22 @@ def _password(kek: Secret, password_file: Path | None) -> Secret:
     return Secret(kek.reveal().hex().encode("ascii"))
 
 
+def _named(staged: Path, path: Path, key: Secret) -> None:
+    """Give a staged key its name, in one step where the file system can; never over a file."""
+    from cai.model import write_key_file
+
+    try:
+        os.link(staged, path, follow_symlinks=False)
+    except OSError:
+        write_key_file(path, key)
+
+
+def _remove_empty(path: Path) -> None:
+    """What a run left that was killed between making a file and writing it."""
+    if path.is_file() and not path.is_symlink() and not path.stat().st_size:
+        path.unlink()
+
+
 def _sync(directory: Path) -> None:
     """Make a new name durable, where the file system can."""
     from cai.model.stage import sync_directory
@@ -331,7 +349,7 @@ def _owner(path: Path) -> tuple[Ed25519PrivateKey, Path | None]:
 
     from cai.cli.owner_keys import read_private_key
 
-    if path.is_symlink() or path.exists():
+    if path.is_symlink() or (path.exists() and path.stat().st_size):
         return read_private_key(path, what="owner key"), None
     return Ed25519PrivateKey.generate(), path
 

@@ -60,7 +60,7 @@ def seal(
     progress: ProgressBar = silent, before_commit: BeforeCommit | None = None,
     against: SealedModel | None = None, journal: Secret | None = None,
     sign: Callable[[str], bytes] | None = None,
-    review: Callable[[Manifest], None] | None = None,
+    review: Callable[[Manifest], None] | None = None, resume: bool = True,
 ) -> SealReport:
     """Seal the tree at ``source`` into the directory ``out``.
 
@@ -81,6 +81,7 @@ def seal(
             is then in the journal (``interrupted_kek``).
         sign: gives the bytes of ``manifest.sig`` for the model root.
         review: called with the manifest before it is written; what it raises undoes the sealing.
+        resume: take up what a killed run left; else remove it.
 
     Returns:
         What was sealed.
@@ -102,11 +103,13 @@ def seal(
         refuse_pickles(source, entries)
     older = None
     if against is not None:
+        if against.header.method != METHOD:
+            raise UsageError(f"objects of method {against.header.method} are not carried over")
         if not chosen.model_id:
             chosen = following(against, chosen)
         older = OlderRevision(against)
     job = Job(origin, entries, kek, chosen, older, journal, sign, review)
-    return _run(job, out, progress, before_commit)
+    return _run(job, out, progress, before_commit, resume=resume)
 
 
 def reseal(
@@ -212,12 +215,13 @@ class Job:
 
 
 def _run(
-    job: Job, out: Path, progress: ProgressBar, before_commit: BeforeCommit | None
+    job: Job, out: Path, progress: ProgressBar, before_commit: BeforeCommit | None, *,
+    resume: bool = True,
 ) -> SealReport:
     finished: list[Finished] = []
 
     def adopt(directory: Path) -> bool:
-        held = read_journal(directory, job.journal or job.kek)
+        held = read_journal(directory, job.journal or job.kek) if resume else None
         if held is not None:
             finished.extend(held[1])
         return held is not None

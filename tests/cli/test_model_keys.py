@@ -119,7 +119,22 @@ def test_a_record_of_another_time_is_not_replaced(place: Path) -> None:
         chosen(place, **options)
 
 
-@pytest.mark.parametrize("content", ["somebody's notes", "", "{}"])
+def test_files_that_a_kill_left_empty_are_written_again(place: Path) -> None:
+    options = {"key_out": place / "KEY", "owner_key": place / "new.pem", "record_out": place / "R"}
+    killed(place, chosen(place, **options), at="object")
+    (place / "new.pem").touch()
+    (place / "R").touch()
+    keys = chosen(place, **options)
+    keys.stage()
+    seal(
+        place / "m", place / "OUT", keys.kek,
+        before_commit=lambda made: keys.place(made, Terminal("cai", json_output=True)),
+    )
+    keys.finish()
+    assert all((place / name).stat().st_size for name in ("KEY", "new.pem", "R"))
+
+
+@pytest.mark.parametrize("content", ["somebody's notes", "{}"])
 def test_other_files_are_never_replaced(content: str, place: Path) -> None:
     options = {"key_out": place / "KEY", "owner_key": place / "owner.pem",
                "record_out": place / "REC"}  # fmt: skip

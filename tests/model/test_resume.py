@@ -185,6 +185,13 @@ def test_a_run_under_another_key_begins_anew(tree: Path, tmp_path: Path) -> None
     assert partials(tmp_path) == []
 
 
+def test_a_run_may_begin_anew(tree: Path, tmp_path: Path) -> None:
+    kek = new_key()
+    killed(4, tree, tmp_path / "out", kek)
+    assert seal(tree, tmp_path / "out", kek, resume=False).resumed == 0
+    assert partials(tmp_path) == []
+
+
 def test_the_journal_tells_nothing_without_the_key(tree: Path, tmp_path: Path) -> None:
     kek = new_key()
     killed(6, tree, tmp_path / "out", kek)
