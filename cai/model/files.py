@@ -249,14 +249,29 @@ def _names(directory: int) -> set[str]:
 
 
 def _walk(directory: int, above: str) -> Iterator[str]:
-    for name in _names(directory):
-        path = f"{above}/{name}"
-        if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode):
-            yield path
-            continue
-        yield f"{path}/"
-        below = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+    """Every path below a directory; without recursion, for whoever stores it decides its depth."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        handle = _step_down(directory, folder)
         try:
-            yield from _walk(below, path)
+            for name in _names(handle):
+                path = f"{folder}{name}"
+                if stat.S_ISDIR(os.lstat(name, dir_fd=handle).st_mode):
+                    path += "/"
+                    waiting.append(path)
+                yield f"{above}/{path}"
         finally:
-            os.close(below)
+            os.close(handle)
+
+
+def _step_down(directory: int, folder: str) -> int:
+    """A descriptor of ``folder``, which ends with a slash or is empty, below a directory."""
+    handle = os.dup(directory)
+    for part in folder.split("/")[:-1]:
+        try:
+            below = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+        finally:
+            os.close(handle)
+        handle = below
+    return handle
