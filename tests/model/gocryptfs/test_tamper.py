@@ -402,3 +402,49 @@ def test_random_edits_never_give_a_wrong_byte(sealed: Sealed, tmp_path_factory: 
     except CaiError as error:
         found = error
     assert (found is None) == same, found
+
+
+def test_every_kind_of_change_at_every_file(sealed: Sealed, tmp_path: Path) -> None:
+    """Each with the error of its kind, naming the stored file; no other file is touched."""
+    out, tried = copied(sealed.out, tmp_path / "out"), 0
+    with open_model(out, PASSWORD) as model:
+        assert isinstance(model, CipherModel)
+        stored = {
+            path: out / model.stored.path(path)
+            for path, entry in model.entries.items() if entry.type is EntryType.FILE
+        }
+        others = {path: place.read_bytes() for path, place in stored.items()}
+        for path, place in stored.items():
+            original = place.read_bytes()
+            changes = dict(BLOCK_CHANGES)
+            for other, content in others.items():
+                if other != path:
+                    changes[f"replaced by {other}"] = _put(content)
+            for name, edit in changes.items():
+                data = bytearray(original)
+                edit(data)
+                if data == original:
+                    continue
+                tried += 1
+                place.write_bytes(data)
+                with pytest.raises(Tampered) as caught:
+                    check(out, PASSWORD)
+                assert caught.value.path == str(place.relative_to(out)), (path, name)
+                if len(data) != len(original):
+                    assert "bytes, expected" in caught.value.message, (path, name)
+                elif name.startswith("replaced"):
+                    assert "file id" in caught.value.message, (path, name)
+                else:
+                    assert "tags of group 0" in caught.value.message, (path, name)
+                failed = {p for p, found in contents(model) if isinstance(found, CaiError)}
+                assert failed == ({path} if data or original else set()), (path, name)
+            place.write_bytes(original)
+    assert tried >= 80
+    check(out, PASSWORD)
+
+
+def _put(content: bytes) -> Callable[[bytearray], None]:
+    def edit(data: bytearray) -> None:
+        data[:] = content
+
+    return edit
