@@ -142,12 +142,9 @@ def _replace_header(directory: Path, header: Header) -> None:
 
 def _clear(directory: Path) -> None:
     """Remove what a killed rotation left beside the model."""
-    try:
-        for path, handle in leftovers(directory):
-            remove_tree(path)
-            os.close(handle)
-    except OSError as error:
-        raise output_error(error, f"read {directory.parent}") from error
+    for path, handle in leftovers(directory):
+        remove_tree(path)
+        os.close(handle)
 
 
 @contextmanager

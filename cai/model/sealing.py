@@ -168,35 +168,23 @@ def following(model: SealedModel, options: SealOptions) -> SealOptions:
 
 
 def interrupted_kek(out: Path, journal: Secret) -> Secret | None:
-    """The KEK that a killed run for this output had made and kept in its journal, if there is one.
-
-    Raises:
-        StorageError: the folder cannot be listed.
-    """
+    """The KEK that a killed run for this output had made and kept in its journal, if any."""
     held = [kek for kek, _ in _journals(out, journal) if kek is not None]
     return held[0] if held else None
 
 
 def was_interrupted(out: Path, journal: Secret) -> bool:
-    """Whether a killed run for this output left a journal under this secret.
-
-    Raises:
-        StorageError: the folder cannot be listed.
-    """
+    """Whether a killed run for this output left a journal under this secret."""
     return bool(_journals(out, journal))
 
 
 def _journals(out: Path, secret: Secret) -> list[tuple[Secret | None, list[Finished]]]:
     found: list[tuple[Secret | None, list[Finished]]] = []
-    place = out.parent.resolve() / out.name
-    try:
-        for path, handle in leftovers(place):
-            held = read_journal(path, secret)
-            os.close(handle)
-            if held is not None:
-                found.append(held)
-    except OSError as error:
-        raise output_error(error, f"read {out.parent}") from error
+    for path, handle in leftovers(out.parent.resolve() / out.name):
+        held = read_journal(path, secret)
+        os.close(handle)
+        if held is not None:
+            found.append(held)
     return found
 
 

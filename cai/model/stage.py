@@ -112,11 +112,14 @@ def locked_directory(out: Path) -> tuple[Path, int]:
 def leftovers(out: Path) -> Iterator[tuple[Path, int]]:
     """What dead runs for this output left: each directory, locked; the caller closes it.
 
-    Raises:
-        OSError: the folder cannot be listed.
+    A folder that cannot be listed may still be written to: nothing is found in it.
     """
     pattern = re.compile(re.escape(out.name) + r"\.partial-[a-z0-9_]{8}")
-    for path in sorted(out.parent.iterdir()):
+    try:
+        paths = sorted(out.parent.iterdir())
+    except OSError:
+        return
+    for path in paths:
         if pattern.fullmatch(path.name):
             with suppress(OSError):
                 handle = _locked(path)

@@ -27,6 +27,7 @@ from cai.model import (
     read_key_file,
     reseal,
     seal,
+    unseal,
 )
 from cai.model import sealing as sealing_module
 from cai.model.journal import JOURNAL_FILE, Finished, Journal, read_journal
@@ -223,6 +224,25 @@ def test_what_only_looks_like_a_leftover_stays(tree: Path, tmp_path: Path) -> No
     seal(tree, tmp_path / "out", new_key())
     assert all(path.is_dir() for path in theirs)
     assert (tmp_path / "out.partial-abcdefgh").read_text() == "a file"
+
+
+def test_plaintext_of_a_killed_decryption_is_cleared_away(tree: Path, tmp_path: Path) -> None:
+    kek = new_key()
+    seal(tree, tmp_path / "out", kek)
+    left = tmp_path / "back.partial-abcd_123"
+    (left / "closed").mkdir(parents=True)
+    (left / "closed" / "plain").write_text("secret")
+    (left / "closed").chmod(0o500)
+    with open_model(tmp_path / "out", kek) as model:
+        unseal(model, tmp_path / "back")
+    assert not left.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_listed(tree: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o300)
+    seal(tree, closed / "out", new_key())
 
 
 def test_a_key_that_is_on_no_disk_comes_from_the_journal(tree: Path, tmp_path: Path) -> None:
