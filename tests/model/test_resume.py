@@ -29,7 +29,7 @@ from cai.model import (
     seal,
     unseal,
 )
-from cai.model import sealing as sealing_module
+from cai.model import sealer as sealer_module
 from cai.model.journal import JOURNAL_FILE, Finished, Journal, read_journal
 from cai.model.sealing import interrupted_kek
 from cai.model.stage import Stage
@@ -273,7 +273,7 @@ def test_one_bad_file_stops_the_others(tree: Path, tmp_path: Path) -> None:
         raise StorageError("the disk is on fire")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sealing_module, "write_object", failing)
+        patch.setattr(sealer_module, "write_object", failing)
         with pytest.raises(StorageError, match="on fire"):
             seal(tree, tmp_path / "out", new_key())
     assert partials(tmp_path) == []
