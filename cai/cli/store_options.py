@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cai.errors import UsageError
-from cai.store.access import StoreOptions
+
+if TYPE_CHECKING:
+    from cai.store import StoreOptions
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -74,6 +76,7 @@ def store_options(
 
     from cai.host.settings import NAMES as HOST_NAMES
     from cai.settings import parse_env, read_settings_file
+    from cai.store import StoreOptions
 
     environment = None
     if env is not None:

@@ -18,15 +18,17 @@ class Flow:
 
     Args:
         workers: how many transfers are under way at once; 0 for the usual number.
+        on_failure: called before a failed run waits for what is still under way.
 
     Raises:
         UsageError: more than ``MAX_WORKERS``.
     """
 
-    def __init__(self, workers: int = 0) -> None:
+    def __init__(self, workers: int = 0, on_failure: Callable[[], None] | None = None) -> None:
         if not 0 <= workers <= MAX_WORKERS:
             raise UsageError(f"{workers} transfers at once, expected 1 to {MAX_WORKERS}")
         self.workers = workers or WORKERS
+        self._on_failure = on_failure
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="cai-store")
 
     def each(
@@ -54,6 +56,10 @@ class Flow:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     yield job, future.result()
+        except BaseException:
+            if self._on_failure:
+                self._on_failure()
+            raise
         finally:
             for future in running:
                 future.cancel()

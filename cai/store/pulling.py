@@ -97,9 +97,10 @@ def pull(
     publication = read_publication(store, index_sha256)
     place = out.parent.resolve() / out.name
     _refuse_other(place, publication)
-    with _Partial(place) as partial, Flow(workers) as flow:
+    throttle = Throttle(rate)
+    with _Partial(place) as partial, Flow(workers, throttle.stop) as flow:
         with progress("pull", publication.total) as advance:
-            run = _Pull(store, publication, place, partial.path, Throttle(rate), advance)
+            run = _Pull(store, publication, place, partial.path, throttle, advance)
             run.prepare(flow)
             run.fetch(flow)
         if run.is_complete():
@@ -224,8 +225,10 @@ class _Pull:
             old_missing = _missing_pieces(old, listed)
             if not old_missing and _size(old) == listed.size:
                 target.unlink(missing_ok=True)
-                os.link(old, target)
-                self._from_out.add(path)
+                if _linked(old, target):
+                    self._from_out.add(path)
+                else:
+                    shutil.copyfile(old, target)
                 return []
             if len(old_missing) < len(missing):
                 target.unlink(missing_ok=True)
@@ -392,6 +395,15 @@ def _unshare(path: Path) -> None:
     copy = path.with_name(path.name + ".copy")
     shutil.copyfile(path, copy)
     copy.rename(path)
+
+
+def _linked(path: Path, new: Path) -> bool:
+    """Whether a hard link could be made; some file systems have none."""
+    try:
+        os.link(path, new)
+    except OSError:
+        return False
+    return True
 
 
 def _size(path: Path) -> int:

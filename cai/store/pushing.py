@@ -22,6 +22,7 @@ from cai.store.base import PART, Store, Upload, part_size
 from cai.store.flow import Flow
 from cai.store.local import LocalStore
 from cai.store.publication import (
+    SIGNATURES,
     Publication,
     label_of,
     label_of_bytes,
@@ -90,8 +91,9 @@ def push(
         raise UsageError(f"{store.uri} can only be read", hint="push to file:, oss:, s3: or cos:")
     source = LocalStore(sealed)
     publication = read_publication(source, index_sha256)
-    with Flow(workers) as flow, progress("push", publication.total) as advance:
-        run = _Push(source, store, publication, flow, Throttle(rate), advance)
+    throttle = Throttle(rate)
+    with Flow(workers, throttle.stop) as flow, progress("push", publication.total) as advance:
+        run = _Push(source, store, publication, flow, throttle, advance)
         run.files()
         if verify:
             run.verify()
@@ -150,6 +152,11 @@ class _Push:
 
     def documents(self) -> None:
         """Send signatures, index and header, in this order, where they differ."""
+        for path in SIGNATURES:
+            # A signature over another manifest must not stand beside this one.
+            stale = path not in self._of.signatures and self._store.stat(path) is not None
+            if stale and not self._holds(INDEX_FILE, self._of.index):
+                self._store.remove(path)
         documents = dict(sorted(self._of.signatures.items()))
         documents |= {INDEX_FILE: self._of.index, HEADER_FILE: self._of.header}
         for path, data in documents.items():

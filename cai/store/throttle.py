@@ -6,7 +6,7 @@ import re
 import threading
 import time
 
-from cai.errors import UsageError
+from cai.errors import Interrupted, UsageError
 
 MIN_RATE, MAX_RATE = 1024, 10**12
 """Smallest and largest limit, bytes a second."""
@@ -26,17 +26,28 @@ class Throttle:
         self.rate = rate
         self._free_at = 0.0
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
     def __call__(self, amount: int) -> None:
-        """Wait until ``amount`` more bytes may travel."""
+        """Wait until ``amount`` more bytes may travel.
+
+        Raises:
+            Interrupted: ``stop`` was called.
+        """
+        if self._stopped.is_set():
+            raise Interrupted("the transfer was stopped")
         if not self.rate:
             return
         with self._lock:
             now = time.monotonic()
             wait = max(0.0, self._free_at - now)
             self._free_at = now + wait + amount / self.rate
-        if wait:
-            time.sleep(wait)
+        if wait and self._stopped.wait(wait):
+            raise Interrupted("the transfer was stopped")
+
+    def stop(self) -> None:
+        """Let no more bytes travel: one transfer failed, or somebody pressed Ctrl-C."""
+        self._stopped.set()
 
 
 def parse_rate(text: str) -> int:

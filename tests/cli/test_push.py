@@ -122,6 +122,29 @@ def test_wrong_credentials(
     assert "endpoint" in missing.stderr
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_it_stops_when_it_is_told(
+    sealed: Sealed, server: OssServer, tmp_path: Path,  # noqa: F811
+    number: signal.Signals, status: int,
+) -> None:
+    """However slow the limit is, nobody waits for what is not sent yet."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "cai", "push", str(sealed.path), "models:/m", "--limit", "20k"],
+        env=surroundings(tmp_path, **environment(server)), cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not server.faults.received and time.monotonic() < deadline:
+            time.sleep(0.02)
+        told = time.monotonic()
+        process.send_signal(number)
+        assert process.stderr
+        words = process.stderr.read()
+    assert time.monotonic() - told < 5
+    assert process.returncode == status
+    assert "Traceback" not in words
+
+
 @pytest.mark.parametrize("kind", ["oss", "file"])
 @pytest.mark.timeout(600)
 def test_kill_at_any_moment(

@@ -64,6 +64,11 @@ class Faults:
         with self._lock:
             self._answers += [(status, code)] * count
 
+    def clear(self) -> None:
+        """Nothing goes wrong any more."""
+        with self._lock:
+            self._answers, self._cut_at = [], None
+
     def request(self) -> None:
         with self._lock:
             answer = self._answers.pop(0) if self._answers else None

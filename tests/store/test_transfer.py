@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cai.errors import InputError, Tampered, UsageError
-from cai.model import check
+from cai.model import SealOptions, check, new_key, seal
+from cai.secret import Secret
 from cai.store import Store, open_store, pull, push
 from tests.oss_server.server import OssServer
 from tests.store.conftest import Opener, Sealed, contents
@@ -197,3 +199,78 @@ def test_the_manifest_and_the_header_travel_last(
         if method == "PUT"
     ]
     assert written[-3:] == ["manifest.cai", "index.cai", "cai.json"]
+
+
+def test_a_gocryptfs_model_keeps_its_links_and_empty_files(
+    tmp_path: Path, store: Store
+) -> None:
+    from cai.model.gocryptfs.sealing import seal_gocryptfs
+
+    plain = tmp_path / "plain"
+    (plain / "sub" / "void").mkdir(parents=True)
+    (plain / "weights.bin").write_bytes(os.urandom(9_000_000))
+    (plain / "empty").write_bytes(b"")
+    (plain / "sub" / ("n" * 200)).write_bytes(b"long name")
+    (plain / "sub" / "link").symlink_to("../weights.bin")
+    (plain / "dangling").symlink_to("nowhere")
+    seal_gocryptfs(plain, tmp_path / "sealed", Secret(b"7" * 64))
+    sent = push(tmp_path / "sealed", store, verify=True)
+    assert push(tmp_path / "sealed", store).sent_bytes == 0
+    pull(store, tmp_path / "copy", index_sha256=sent.index_sha256)
+    assert tree(tmp_path / "copy") == tree(tmp_path / "sealed")
+    assert check(tmp_path / "copy", Secret(b"7" * 64)).index_sha256 == sent.index_sha256
+    assert pull(store, tmp_path / "copy").fetched_bytes == 0
+    victim = next(path for path in (tmp_path / "copy").rglob("*") if path.is_symlink())
+    victim.unlink()
+    victim.symlink_to("elsewhere")
+    assert pull(store, tmp_path / "copy").fetched_bytes == 0
+    assert tree(tmp_path / "copy") == tree(tmp_path / "sealed")
+    source = next(path for path in (tmp_path / "sealed").rglob("*") if path.is_symlink())
+    source.unlink()
+    source.symlink_to("elsewhere")
+    with pytest.raises(Tampered, match="symbolic link"):
+        push(tmp_path / "sealed", store)
+    if store.uri.startswith("file:"):
+        assert tree(tmp_path / "shelf") == tree(tmp_path / "copy")
+
+
+def test_an_empty_model_keeps_its_folder(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "plain").mkdir()
+    kek = new_key()
+    seal(tmp_path / "plain", tmp_path / "sealed", kek)
+    push(tmp_path / "sealed", store)
+    pull(store, tmp_path / "copy")
+    assert (tmp_path / "copy" / "objects").is_dir()
+    assert check(tmp_path / "copy", kek).files == 0
+
+
+def test_a_signature_is_carried(sealed: Sealed, store: Store, tmp_path: Path) -> None:
+    pull(open_store(f"file:{sealed.path}"), tmp_path / "signed")
+    (tmp_path / "signed" / "manifest.sig").write_bytes(b"signature")
+    push(sealed.path, store)
+    assert push(tmp_path / "signed", store).sent_bytes == len(b"signature")
+    pull(store, tmp_path / "copy")
+    assert (tmp_path / "copy" / "manifest.sig").read_bytes() == b"signature"
+    (tmp_path / "copy" / "manifest.sig").write_bytes(b"another..")
+    (tmp_path / "copy" / "stray").write_bytes(b"?")
+    pull(store, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(tmp_path / "signed")
+
+
+def test_a_signature_of_another_revision_does_not_stay(
+    sealed: Sealed, store: Store, tmp_path: Path
+) -> None:
+    plain = sealed.path.parent / "plain"
+    options = SealOptions(model_id=sealed.report.model_id, revision=2)
+    seal(plain, tmp_path / "second", sealed.kek, options=options)
+    store.put("manifest.sig", b"over revision 1", "x")
+    push(tmp_path / "second", store)
+    assert store.stat("manifest.sig") is None
+
+
+def tree(root: Path) -> dict[str, bytes | str]:
+    return {
+        path.relative_to(root).as_posix(): str(path.readlink()) if path.is_symlink()
+        else path.read_bytes() if path.is_file() else "folder"
+        for path in root.rglob("*")
+    }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
-from cai.errors import FormatError, LimitExceeded, UsageError
+from cai.errors import FormatError, Interrupted, LimitExceeded, UsageError
 from cai.store.base import MAX_PARTS, PART, check_path, part_size
 from cai.store.throttle import Throttle, parse_rate
 from cai.store.uri import Location, parse_uri
@@ -105,8 +108,8 @@ def test_a_throttle_keeps_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += seconds
 
     monkeypatch.setattr("cai.store.throttle.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("cai.store.throttle.time.sleep", sleep)
     throttle = Throttle(1000)
+    monkeypatch.setattr(throttle._stopped, "wait", sleep)
     for _ in range(50):
         throttle(100)
     assert slept[0] == pytest.approx(4.9)
@@ -115,3 +118,28 @@ def test_a_throttle_keeps_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     throttle(1)
     assert slept[0] == pytest.approx(9.9)
     Throttle()(10**12)
+
+
+def test_a_stopped_throttle_lets_nothing_through() -> None:
+    for throttle in (Throttle(), Throttle(1024)):
+        throttle(1)
+        throttle.stop()
+        with pytest.raises(Interrupted):
+            throttle(1)
+
+
+def test_who_waits_for_a_throttle_is_woken() -> None:
+    throttle, ended = Throttle(1024), threading.Event()
+    throttle(10**6)
+
+    def wait() -> None:
+        with pytest.raises(Interrupted):
+            throttle(1)
+        ended.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.05)
+    throttle.stop()
+    thread.join(5)
+    assert ended.is_set()
