@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,12 @@ def test_without_a_cos_region_there_is_no_endpoint() -> None:
 def test_an_unknown_scheme() -> None:
     with pytest.raises(UsageError):
         open_store("ftp://bucket/x")
+
+
+def test_s3_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.delitem(sys.modules, "cai.store.s3", raising=False)
+    for uri in ("s3://bucket/x", "cos://bucket/x"):
+        with pytest.raises(UsageError, match="boto3") as caught:
+            open_store(uri)
+        assert "[s3]" in (caught.value.hint or "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -115,9 +117,47 @@ def test_nobody_answers(tmp_path: Path) -> None:
         pull(store, tmp_path / "copy")
 
 
-def test_answers_that_are_not_of_oss(oss: Opener, server: OssServer) -> None:
+@pytest.mark.parametrize("body", [
+    b"", b"<html>", b"<html></html>", b"\xff\x00", b"<a><b></a>", b"{}",
+    b"<X><IsTruncated>maybe</IsTruncated></X>",
+    b"<X><IsTruncated>false</IsTruncated><Contents><Size>big</Size></Contents></X>",
+])
+def test_answers_that_are_not_of_oss(body: bytes) -> None:
+    """A web server that says yes to everything is not taken for a store."""
+
+    class Desk(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - http.server's names
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Desk) as answering:
+        thread = threading.Thread(target=answering.serve_forever, args=(0.05,))
+        thread.start()
+        values = {"MODEL_OSS_ENDPOINT": f"http://127.0.0.1:{answering.server_port}"}
+        store = open_store("oss://models/x", StoreOptions(environment=values, attempts=1))
+        for call in (
+            store.pending,
+            lambda: list(store.names(recursive=True)),
+            lambda: store.begin("a", 5, "label"),
+            lambda: store.read("a", 0, 5),
+            lambda: pull(store, Path("/nonexistent/out")),
+        ):
+            with pytest.raises(CaiError):
+                call()
+        answering.shutdown()
+        thread.join()
+
+
+def test_answers_and_their_errors(oss: Opener, server: OssServer) -> None:
     store = oss(attempts="1")
-    server._fail = None  # type: ignore[attr-defined]
     for status, error in ((500, PeerUnreachable), (503, PeerUnreachable), (429, PeerUnreachable),
                           (400, PeerError), (403, Refused), (404, InputMissing)):
         server.faults.answer_next(1, status, "Something")
