@@ -17,6 +17,9 @@ from cai.model.gocryptfs.reader import BlockReader
 from cai.model.tree import Entry
 
 UNIT_GROUPS = 4
+FORGET_GROUPS = 64
+"""Groups whose ciphertext is dropped from the page cache at once."""
+
 UNIT_PLAIN = UNIT_GROUPS * GROUP_PLAIN
 SLOT = UNIT_PLAIN + UNIT_GROUPS * GROUP_STORED
 
@@ -92,7 +95,9 @@ class UnitReader:
         for i in range(groups_in(unit.length)):
             part = plain[i * GROUP_PLAIN : (i + 1) * GROUP_PLAIN]
             end += len(reader.read_group(unit.group + i, slot[end : end + GROUP_STORED], part))
-        reader.forget(unit.offset, unit.length)
+        if unit.last or (unit.group + UNIT_GROUPS) % FORGET_GROUPS == 0:
+            behind = unit.group % FORGET_GROUPS * GROUP_PLAIN
+            reader.forget(unit.offset - behind, behind + unit.length)
         if self._sink is not None:
             self._sink(unit, plain)
         return (end - UNIT_PLAIN).to_bytes(8, "big")

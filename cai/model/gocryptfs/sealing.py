@@ -76,6 +76,7 @@ UNIT_PLAIN = UNIT_GROUPS * GROUP_PLAIN
 _SLOT = UNIT_PLAIN + UNIT_GROUPS * GROUP_STORED
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_SYNCS = 32
+_FLUSH_GROUPS = 64
 
 
 def seal_gocryptfs(
@@ -256,9 +257,11 @@ class _Tree:
             write_all(target, [memoryview(encode_header(unit.file_id)), stored], 0)
         else:
             write_all(target, [stored], start)
-        # Starts writing back, so that the sync at the end does not have to wait for everything.
-        os.posix_fadvise(target, start, len(stored), os.POSIX_FADV_DONTNEED)
-        os.posix_fadvise(source, offset, len(plain), os.POSIX_FADV_DONTNEED)
+        if unit.group and unit.group % _FLUSH_GROUPS == 0:
+            # Starts writing back, so that the sync at the end does not have to wait for everything.
+            # Seldom, because the kernel looks at every page, and may wait for its other CPUs.
+            behind = _FLUSH_GROUPS * GROUP_STORED
+            os.posix_fadvise(target, start - behind, behind, os.POSIX_FADV_DONTNEED)
         return digests
 
     def close(self) -> None:
