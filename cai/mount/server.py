@@ -203,8 +203,14 @@ class ThroughDispatcher(Dispatcher):
         node = self._index.node(ino)
         if node is None or node.attributes.size <= SMALL:
             return work()
-        self._openers.submit(lambda: self._reply(work()))
+        self._openers.submit(self._later, work)
         return None
+
+    def _later(self, work: Callable[[], Sequence[Buffer]]) -> None:
+        try:
+            self._reply(work())
+        except Exception:
+            log.exception("an open could not be answered")
 
     def _open(self, ino: int) -> bytes:
         node = self._index.node(ino)
