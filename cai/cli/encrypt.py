@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai.cli.model_keys import ModelKeys
+from cai.cli.model_keys import ModelKeys, drop_staged
 from cai.errors import LimitExceeded, UsageError
 from cai.settings import read_settings_file
 from cai.terminal import JsonFlag, Terminal, current
@@ -131,7 +131,11 @@ def encrypt(
     openssf.check(source, target)
     if against and not (key_file or key_out or kbs):
         key_file = old_key_file
-    check_places(directory, target)
+    try:
+        check_places(directory, target)
+    except UsageError:
+        drop_staged(key_out or source.parent / f"{source.name}.key")
+        raise
     keys = ModelKeys.chosen(
         source, target, key_out=key_out, key_file=key_file, kbs=kbs, key_id=key_id,
         admin_key=admin_key, owner_key=owner_key, record_out=record_out, gocryptfs=gocryptfs,

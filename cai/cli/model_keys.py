@@ -279,10 +279,16 @@ class _Undo:
         return
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        from cai.model.layout import HEADER_FILE
         from cai.model.rekeying import opens
 
-        key = self._keys.password or self._keys.kek
-        if kind is None or opens(self._keys.target, key):
+        keys = self._keys
+        if kind is None:
+            return
+        # A gocryptfs model that is there was made by this very run: an output must be new.
+        made = keys.password is not None and (keys.target / HEADER_FILE).exists()
+        if made or opens(keys.target, keys.kek):
+            drop_staged(keys.key_out)
             return
         for path in self._keys._created:
             path.unlink(missing_ok=True)
@@ -359,6 +365,15 @@ def _journal_secret(owner: Ed25519PrivateKey) -> Secret:
     from cai.secret import Secret
 
     return Secret(expand(extract(b"", owner.private_bytes_raw()), b"cai/1 owner journal"))
+
+
+def drop_staged(key_out: Path | None) -> None:
+    """Remove the second name of a key that a run left which was killed at its very end."""
+    if key_out is None or not os.path.lexists(_staged(key_out)):
+        return
+    key = _read_key(_staged(key_out))
+    if key is not None and _read_key(key_out) == key:
+        _staged(key_out).unlink()
 
 
 def _staged(key_out: Path) -> Path:

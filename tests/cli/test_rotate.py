@@ -250,3 +250,24 @@ def test_a_killed_encrypt_left_its_key(cai: Run, sealed: dict[str, Any], tmp_pat
     assert cai("encrypt", "m", "-o", "THREE", "--key-out", "K3").status == 0
     assert (tmp_path / "K3").read_text() != "22" * 32 + "\n"
     assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("verb", ["encrypt", "reseal"])
+def test_killed_at_the_very_end(
+    verb: str, cai: Run, sealed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The model is there and only the key's second name was left: it goes, the key stays."""
+    if verb == "encrypt":
+        arguments, key = ("encrypt", "m", "-o", "OUT", "--key-out", "KEY"), tmp_path / "KEY"
+    else:
+        arguments = ("reseal", "OUT", "--key-file", "KEY", "-o", "TWO", "--new-key-out", "NEW")
+        key = tmp_path / "NEW"
+        assert cai(*arguments).status == 0
+    partial = key.with_name(f"{key.name}.partial")
+    partial.write_bytes(key.read_bytes())
+    assert cai(*arguments).status == 2
+    assert key.exists()
+    assert not partial.exists()
+    partial.write_text("33" * 32)  # another key: whose, nobody knows
+    assert cai(*arguments).status in (2, 4)
+    assert partial.exists()
