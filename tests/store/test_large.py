@@ -1,7 +1,8 @@
 """A 2 GiB model, cut off three times on its way in and three times on its way out.
 
 OSS is our own server, which checks every signature. S3 is moto, which checks none, and which reads
-a whole object for each of its ranges; so there the model comes in shards.
+a whole object for each of its ranges; so there the model comes in shards, and has 512 MiB unless
+CAI_LARGE_MIB says otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.large, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = int(os.environ.get("CAI_LARGE_MIB", "2048")) * MIB
+S3_SIZE = int(os.environ.get("CAI_LARGE_MIB", "512")) * MIB
 SHARDS = 16
 MOTO = """
 import sys, threading
@@ -42,9 +44,10 @@ sys.stdin.read()
 def big(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.mktemp("big")
     (base / "plain").mkdir()
-    for number in range(request.param):
+    size, shards = request.param
+    for number in range(shards):
         with (base / "plain" / f"model-{number}.safetensors").open("wb") as file:
-            file.truncate(SIZE // request.param)  # sparse; the ciphertext is not
+            file.truncate(size // shards)  # sparse; the ciphertext is not
     seal(base / "plain", base / "sealed", new_key(), options=SealOptions(workers=2))
     yield base / "sealed"
     _remove(base)
@@ -82,7 +85,7 @@ def s3(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     _remove(tmp_path)
 
 
-@pytest.mark.parametrize("big", [1], indirect=True)
+@pytest.mark.parametrize("big", [(SIZE, 1)], indirect=True, ids=["one-file"])
 def test_oss(big: Path, oss: tuple[str, dict[str, str], OssServer], tmp_path: Path) -> None:
     uri, values, server = oss
     out = tmp_path / "copy"
@@ -116,7 +119,7 @@ def test_oss(big: Path, oss: tuple[str, dict[str, str], OssServer], tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"oss", "copy"}
 
 
-@pytest.mark.parametrize("big", [SHARDS], indirect=True)
+@pytest.mark.parametrize("big", [(S3_SIZE, SHARDS)], indirect=True, ids=["shards"])
 def test_s3(big: Path, s3: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     uri, values = s3
     out = tmp_path / "copy"
@@ -128,7 +131,7 @@ def test_s3(big: Path, s3: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     def blocks(wanted: float) -> Callable[[], bool]:
         def there() -> bool:
             files = (out.parent / "copy.partial-pull").rglob("objects/*")
-            return sum(path.stat().st_blocks * 512 for path in files) > wanted * SIZE
+            return sum(path.stat().st_blocks * 512 for path in files) > wanted * S3_SIZE
 
         return there
 
