@@ -48,11 +48,12 @@ def reseal(
     Plaintext goes through memory only. The old model stays where it is; publish the new one, then
     withdraw the old. A run that was killed is gone on with by the same command.
     """
-    from cai.model import SealOptions, open_model, read_key_file
+    from cai.model import SealOptions, open_model
     from cai.model import reseal as reseal_model
+    from cai.model.opening import read_key
 
     terminal = current()
-    old = read_key_file(key_file)
+    old = read_key(sealed, key_file)
     if not (new_key_out or new_key_file or kbs):
         new_key_file = key_file
     if sealed.resolve() in (out.parent.resolve() / out.name, *(out.parent.resolve()).parents):

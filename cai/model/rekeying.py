@@ -90,7 +90,7 @@ def rotate(
         if header.method == GOCRYPTFS:
             raise UsageError(
                 "a gocryptfs model is opened by its password, not by a key that could be rotated",
-                hint="change the password with 'gocryptfs -passwd DIR/data', or reseal the model",
+                hint="decrypt it and seal it again under another password",
             )
         _clear(place)
         already = is_under(header, new_kek)

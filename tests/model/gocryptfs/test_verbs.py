@@ -175,3 +175,14 @@ def test_passwords_are_not_told(cai: Cai, tmp_path: Path) -> None:
     for path in (tmp_path / "OUT").rglob("*"):
         if path.is_file() and not path.is_symlink():
             assert b"correct horse" not in path.read_bytes()
+
+
+def test_rotating_and_resealing_are_refused_clearly(cai: Cai, tmp_path: Path) -> None:
+    seal(cai, "--key-out", "KEY")
+    for verb in (["rotate", "OUT"], ["reseal", "OUT", "-o", "OUT2"]):
+        done = cai(*verb, "--key-file", "KEY", "--new-key-out", "NEW")
+        assert done.returncode == 2, done.stderr
+        assert "gocryptfs" in done.stderr
+        assert "seal it again" in done.stderr
+    assert not (tmp_path / "OUT2").exists()
+    assert cai("check", "OUT", "--key-file", "KEY").returncode == 0
