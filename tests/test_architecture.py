@@ -19,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cai.model": (*GROUND, "cai.model"),
     "cai.store": (*GROUND, "cai.model", "cai.store"),
     "cai.mount": (*GROUND, "cai.model", "cai.store", "cai.mount"),
+    "cai.loaders": (*GROUND, "cai.model", "cai.store", "cai.loaders"),
     "cai.host": (*GROUND, "cai.attest", "cai.model", "cai.store", "cai.mount", "cai.host"),
     "cai.demo": (
         *GROUND, "cai.attest", "cai.model", "cai.store", "cai.mount", "cai.host", "cai.demo",
@@ -56,6 +57,8 @@ def imported(path: Path) -> set[str]:
 def test_imports_run_one_way(path: Path) -> None:
     module = module_name(path)
     rooms = sorted((room for room in ALLOWED if within(module, room)), key=len)
+    if module == "cai":
+        rooms = ["cai.loaders"]  # the public API, deferred
     allowed = ALLOWED[rooms[-1]] if rooms else (*GROUND, "cai.attest.verdict", "cai.__version__")
     for name in imported(path):
         assert name == "cai.__version__" or any(within(name, room) for room in allowed), (

@@ -13,8 +13,8 @@ import typer
 from cai.terminal import run_app
 
 VERBS: tuple[str, ...] = (
-    "encrypt", "decrypt", "check", "inspect", "mount", "unmount", "host", "measure",
-    "attest", "verify", "collateral", "demo",
+    "encrypt", "decrypt", "check", "inspect", "rotate", "reseal", "push", "pull", "ls",
+    "mount", "unmount", "host", "measure", "attest", "verify", "collateral", "demo",
 )
 """Verbs in the order of ``cai --help``; each is the function of that name in its module."""
 

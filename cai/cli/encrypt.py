@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai.errors import LimitExceeded, StorageError, UsageError
+from cai.cli.model_keys import ModelKeys, drop_staged
+from cai.errors import LimitExceeded, UsageError
 from cai.settings import read_settings_file
 from cai.terminal import JsonFlag, Terminal, current
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cai.model import Manifest, SealedModel, SealOptions, SealReport
 
-    from cai.model import SealOptions, SealReport
-    from cai.secret import Secret
-
-_KEY_ID = re.compile(r"kbs:///([\w-][\w.-]*)/([\w-][\w.-]*)/([\w-][\w.-]*)", re.ASCII)
 _LATER = {
-    "gocryptfs": ("method gocryptfs comes in a later version", "use --method cai"),
     "sam": ("method sam is a closed format of another vendor", "use --method cai"),
 }
 
@@ -35,11 +31,18 @@ def encrypt(
         Path | None,
         typer.Option("-o", "--out", help="Where the sealed model appears (default: DIR.sealed)."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How it is sealed: cai.")] = "cai",
+    method: Annotated[
+        str,
+        typer.Option(help="How it is sealed: cai, or gocryptfs, which stock gocryptfs mounts."),
+    ] = "cai",
     key_out: Annotated[
         Path | None, typer.Option(help="Write a new key to this file (default: DIR.key).")
     ] = None,
     key_file: Annotated[Path | None, typer.Option(help="Seal with the key in this file.")] = None,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="Seal with the password in this file's first line (gocryptfs only)."),
+    ] = None,
     kbs: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Give a new key to the KBS with this admin address; it "
@@ -58,211 +61,221 @@ def encrypt(
         typer.Option(help="Write the signed release record, which holds the key, to this file."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the model, for its manifest.")] = "",
-    licence: Annotated[str, typer.Option(help="SPDX name of its licence.")] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", "--licence-name", help="SPDX name of its licence.")
+    ] = "",
     licence_file: Annotated[Path | None, typer.Option(help="Full text of its licence.")] = None,
+    terms_file: Annotated[
+        Path | None, typer.Option(help="What its users must acknowledge, word for word.")
+    ] = None,
+    origin: Annotated[
+        str, typer.Option("--source", metavar="URI", help="Where the model comes from.")
+    ] = "",
+    revision: Annotated[str, typer.Option(help="Its commit or version there.")] = "",
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also seal pickles, which run code when loaded.")
     ] = False,
+    allow_remote_code: Annotated[
+        bool,
+        typer.Option("--allow-remote-code", help="Hosts may run Python that comes with the model."),
+    ] = False,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Round stored sizes up, by 12 % at most, to hide them.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OLD", help="Sealed model of the revision before: what did not change "
+                     "is not written again."),
+    ] = None,
+    old_key_file: Annotated[
+        Path | None, typer.Option(help="Key of OLD, and of the new one if no other is chosen.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where a killed run stopped.")
+    ] = True,
+    openssf_signature: Annotated[
+        Path | None,
+        typer.Option(help="Refuse a model that this OpenSSF model-signing bundle does not sign."),
+    ] = None,
+    openssf_public_key: Annotated[
+        Path | None, typer.Option(help="Key of that bundle's signer (PEM, EC).")
+    ] = None,
+    openssf_key: Annotated[
+        Path | None, typer.Option(help="Make such a bundle with this private key (PEM, EC).")
+    ] = None,
+    openssf_out: Annotated[
+        Path | None, typer.Option(help="Where it goes; it names every file in clear.")
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Seal the model in DIR: authenticated, and readable only with its key."""
+    """Seal the model in DIR: authenticated, and readable only with its key.
+
+    A run that was killed is gone on with by the same command.
+    """
+    from cai.model.gocryptfs.config import KEY_LOG2_N, PASSWORD_LOG2_N
+    from cai.model.gocryptfs.sealing import seal_gocryptfs
+    from cai.model.layout import GOCRYPTFS, METHOD
     from cai.model.sealing import check_places, seal
 
     terminal = current()
-    if method != "cai":
-        message, hint = _LATER.get(method, (f"unknown method {method!r}", "use --method cai"))
+    gocryptfs = method == GOCRYPTFS
+    if method != METHOD and not gocryptfs:
+        known = "use --method cai or gocryptfs"
+        message, hint = _LATER.get(method, (f"unknown method {method!r}", known))
         raise UsageError(message, hint=hint)
+    if gocryptfs and (against or pad):
+        raise UsageError("--against and --pad are for --method cai")
     source = directory.absolute()
     target = out or source.parent / f"{source.name}.sealed"
-    check_places(directory, target)
-    keys = _Keys.chosen(
+    openssf = _OpenSsf(openssf_signature, openssf_public_key, openssf_key, openssf_out)
+    openssf.check(source, target)
+    if against and not (key_file or key_out or kbs):
+        key_file = old_key_file
+    try:
+        check_places(directory, target)
+    except UsageError:
+        drop_staged(key_out or source.parent / f"{source.name}.key")
+        raise
+    keys = ModelKeys.chosen(
         source, target, key_out=key_out, key_file=key_file, kbs=kbs, key_id=key_id,
-        admin_key=admin_key, owner_key=owner_key, record_out=record_out,
+        admin_key=admin_key, owner_key=owner_key, record_out=record_out, gocryptfs=gocryptfs,
+        password_file=password_file,
     )
-    options = _options(name, licence, licence_file, allow_pickle=allow_pickle)
-    with keys.undone_on_failure():
-        report = seal(
-            directory, target, keys.kek, options=options, progress=terminal.progress,
-            before_commit=lambda sealed: keys.place(sealed, terminal),
-        )
+    options = _options(
+        name, licence, licence_file, terms_file,
+        {"source": origin, "revision": revision} | openssf.provenance(),
+        pickle=allow_pickle, remote_code=allow_remote_code, pad=pad,
+    )
+    with _older(against, old_key_file or key_file) as older, keys.undone_on_failure():
+        keys.stage()
+        if keys.password is not None:
+            report = seal_gocryptfs(
+                directory, target, keys.password, options=options, progress=terminal.progress,
+                before_commit=lambda sealed: keys.place(sealed, terminal), sign=keys.sign(),
+                review=openssf.review(name, keys),
+                log2_n=PASSWORD_LOG2_N if password_file else KEY_LOG2_N,
+            )
+        else:
+            report = seal(
+                directory, target, keys.kek, options=options, progress=terminal.progress,
+                before_commit=lambda sealed: keys.place(sealed, terminal), against=older,
+                journal=keys.journal, sign=keys.sign(), review=openssf.review(name, keys),
+                resume=resume,
+            )
+        keys.finish()
     _tell(terminal, report, target, keys)
 
 
-@dataclass
-class _Keys:
-    """Where the key of one sealing comes from and goes to."""
+@contextmanager
+def _older(sealed: Path | None, key_file: Path | None) -> Iterator[SealedModel | None]:
+    """The revision before, opened."""
+    from cai.model import open_model, read_key_file
 
-    kek: Secret
-    key_out: Path | None = None
-    record_out: Path | None = None
-    owner: Ed25519PrivateKey | None = None
-    new_owner: Path | None = None
-    upload: Callable[[bytes], None] | None = None
-    created: list[Path] = field(default_factory=list)
-
-    @classmethod
-    def chosen(
-        cls, source: Path, target: Path, *, key_out: Path | None, key_file: Path | None,
-        kbs: str | None, key_id: str | None, admin_key: Path | None, owner_key: Path | None,
-        record_out: Path | None,
-    ) -> _Keys:
-        """Read and check everything that can be wrong before anything is sealed."""
-        from cai.model import new_key, read_key_file
-
-        if key_file and (key_out or kbs):
-            raise UsageError("--key-file cannot stand beside --key-out or --kbs")
-        if not kbs and (key_id or admin_key):
-            raise UsageError("--key-id and --admin-key need --kbs", hint="give the KBS's address")
-        if kbs and not (key_id and admin_key and owner_key):
-            raise UsageError("--kbs needs --key-id, --admin-key and --owner-key")
-        if record_out and not owner_key:
-            raise UsageError("--record-out needs --owner-key, which signs the record")
-        if not (key_file or key_out or kbs):
-            key_out = source.parent / f"{source.name}.key"
-        for path in (key_out, record_out, owner_key):
-            if path is not None:
-                _refuse_public_place(path, source, target)
-        for path in (key_out, record_out):
-            if path is not None:
-                _refuse_existing(path)
-        keys = cls(read_key_file(key_file) if key_file else new_key(), key_out, record_out)
-        if owner_key:
-            keys._load_owner(owner_key)
-        if kbs and key_id and admin_key:
-            keys._prepare_upload(kbs, key_id, admin_key)
-        return keys
-
-    def place(self, report: SealReport, terminal: Terminal) -> None:
-        """Put key and record in their places, before the sealed model appears."""
-        from cai.cli.owner_keys import private_pem
-        from cai.model import write_key_file
-        from cai.secret import Secret, write_secret_file
-
-        if self.new_owner and self.owner:
-            write_secret_file(self.new_owner, private_pem(self.owner), what="owner key")
-            self.created.append(self.new_owner)
-            terminal.say(f"made the owner key {self.new_owner}: it signs releases, keep it safe")
-        if self.key_out:
-            write_key_file(self.key_out, self.kek)
-            self.created.append(self.key_out)
-        if not self.owner or not (self.record_out or self.upload):
-            return
-        record = self._record(report, self.owner)
-        if self.record_out:
-            write_secret_file(self.record_out, Secret(record), what="release record")
-            self.created.append(self.record_out)
-        if self.upload:
-            self.upload(record)
-
-    def undone_on_failure(self) -> _Undo:
-        """Removes what ``place`` made when the sealing does not end well."""
-        return _Undo(self.created)
-
-    def _record(self, report: SealReport, owner: Ed25519PrivateKey) -> bytes:
-        from cai.model import ReleaseRecord
-        from cai.model.record import public_key_hex
-
-        return ReleaseRecord(
-            kek=self.kek, model_id=report.model_id, manifest_root=report.root,
-            min_revision=report.revision, index_sha256=report.index_sha256,
-            owner_key=public_key_hex(owner), allow=report.allow,
-        ).sign(owner)
-
-    def _load_owner(self, path: Path) -> None:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-        from cai.cli.owner_keys import read_private_key
-
-        if path.is_symlink() or path.exists():
-            self.owner = read_private_key(path, what="owner key")
-        else:
-            self.owner, self.new_owner = Ed25519PrivateKey.generate(), path
-
-    def _prepare_upload(self, kbs: str, key_id: str, admin_key: Path) -> None:
-        from cai.cli.kbs_upload import check_address, upload_resource
-        from cai.cli.owner_keys import read_private_key
-
-        match = _KEY_ID.fullmatch(key_id)
-        if not match:
-            raise UsageError(
-                f"--key-id {key_id!r} is not a resource name", hint="kbs:///REPO/TYPE/TAG"
-            )
-        check_address(kbs)
-        admin = read_private_key(admin_key, what="admin key")
-        resource = "/".join(match.groups())
-        self.upload = lambda record: upload_resource(kbs, resource, record, admin)
-
-
-class _Undo:
-    """Removes files that were made, unless the block ends well."""
-
-    def __init__(self, created: list[Path]) -> None:
-        self._created = created
-
-    def __enter__(self) -> None:
+    if sealed is None:
+        yield None
         return
-
-    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        if kind is not None:
-            for path in self._created:
-                path.unlink(missing_ok=True)
-
-
-def _refuse_public_place(path: Path, source: Path, target: Path) -> None:
-    place = path.parent.resolve() / path.name
-    for directory in (source.resolve(), target.parent.resolve() / target.name):
-        if place == directory or directory in place.parents:
-            raise UsageError(
-                f"{path} is inside {directory}, which is sealed or published",
-                hint="choose a place outside of it",
-            )
+    if key_file is None:
+        raise UsageError("--against needs the key of the older revision", hint="--old-key-file F")
+    with open_model(sealed, read_key_file(key_file)) as model:
+        yield model
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.is_symlink() or path.exists():
-        raise StorageError(
-            f"{path} exists already", hint="choose another name; keys are never overwritten"
-        )
+@dataclass(frozen=True, slots=True)
+class _OpenSsf:
+    """What the OpenSSF options ask for."""
+
+    signature: Path | None
+    public_key: Path | None
+    key: Path | None
+    out: Path | None
+
+    def check(self, source: Path, target: Path) -> None:
+        """Refuse half of a pair, and a bundle where it would be sealed or published."""
+        from cai.cli.model_keys import refuse_public_place
+
+        if (self.signature is None) != (self.public_key is None):
+            raise UsageError("--openssf-signature needs --openssf-public-key, and that one it")
+        if (self.key is None) != (self.out is None):
+            raise UsageError("--openssf-key needs --openssf-out, and that one it")
+        if self.out is not None:
+            refuse_public_place(self.out, source, target)
+
+    def provenance(self) -> dict[str, str]:
+        """What the manifest says of a bundle that was checked."""
+        if self.public_key is None:
+            return {}
+        from hashlib import sha256
+
+        key = read_settings_file(self.public_key, what="OpenSSF key")
+        return {"openssf-signed-by": f"key with SHA-256 {sha256(key).hexdigest()} (PEM)"}
+
+    def review(self, name: str, keys: ModelKeys) -> Callable[[Manifest], None]:
+        """Checks and makes bundles over what was really sealed."""
+
+        def review(manifest: Manifest) -> None:
+            from cai.model.openssf import verify_bundle, write_bundle
+
+            entries = manifest.entries.values()
+            if self.signature and self.public_key:
+                verify_bundle(entries, self.signature, self.public_key)
+            if self.key and self.out:
+                write_bundle(entries, name, self.key, self.out)
+                keys.made(self.out)
+
+        return review
 
 
 def _options(
-    name: str, licence: str, licence_file: Path | None, *, allow_pickle: bool
+    name: str, licence: str, licence_file: Path | None, terms_file: Path | None,
+    provenance: dict[str, str], *, pickle: bool, remote_code: bool, pad: bool,
 ) -> SealOptions:
     from cai.model import Licence, SealOptions
-    from cai.model.manifest import MAX_NAME
+    from cai.model.manifest import MAX_NAME, MAX_PROVENANCE_VALUE
+    from cai.model.options import PICKLE_FLAG, REMOTE_CODE_FLAG
 
-    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
-        raise LimitExceeded(f"--name is longer than {MAX_NAME} bytes")
-    text = ""
-    if licence_file:
-        try:
-            text = read_settings_file(licence_file, what="licence").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"licence {licence_file} is not UTF-8") from error
+    for option, value, most in (
+        ("name", name, MAX_NAME),
+        *((option, value, MAX_PROVENANCE_VALUE) for option, value in provenance.items()),
+    ):
+        if len(value.encode("utf-8", "surrogateescape")) > most:
+            raise LimitExceeded(f"--{option} is longer than {most} bytes")
     return SealOptions(
-        name=name, licence=Licence(name=licence, text=text),
-        allow=("pickle",) if allow_pickle else (),
+        name=name, pad=pad,
+        allow=(PICKLE_FLAG,) * pickle + (REMOTE_CODE_FLAG,) * remote_code,
+        licence=Licence(
+            name=licence, text=_text(licence_file, "licence"), terms=_text(terms_file, "terms")
+        ),
+        provenance={key: value for key, value in provenance.items() if value} | _tools(),
     )
 
 
-def _tell(terminal: Terminal, report: SealReport, target: Path, keys: _Keys) -> None:
-    from cai.model.record import public_key_hex
+def _tools() -> dict[str, str]:
+    """What sealed it, beside the version of cai that the writer notes itself."""
+    import platform
+    from importlib.metadata import version
 
+    return {"python": platform.python_version(), "cryptography": version("cryptography")}
+
+
+def _text(path: Path | None, what: str) -> str:
+    if path is None:
+        return ""
+    try:
+        return read_settings_file(path, what=what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8") from error
+
+
+def _tell(terminal: Terminal, report: SealReport, target: Path, keys: ModelKeys) -> None:
     facts: dict[str, Any] = report.to_json() | {"out": str(target)}
     lines = [
         f"sealed {report.files} files into {target}",
         f"model root    {report.root}",
         f"content root  {report.content_root}",
     ]
-    if keys.owner:
-        facts["owner_key"] = public_key_hex(keys.owner)
-        lines.append(f"owner key     {facts['owner_key']}")
-    if keys.key_out:
-        facts["key_out"] = str(keys.key_out)
-        lines.append(f"key           {keys.key_out} - never publish it, and keep a copy")
-    if keys.record_out:
-        facts["record_out"] = str(keys.record_out)
-        lines.append(f"record        {keys.record_out} - it holds the key as well")
-    if keys.upload:
-        lines.append("the KBS has the release record; nobody gets it before a policy allows it")
+    if report.resumed:
+        lines.append(f"went on after an interrupted run: {report.resumed} objects were there")
+    if report.carried:
+        lines.append(f"carried over  {report.carried} unchanged objects of the older revision")
+    keys.tell(facts, lines)
     terminal.result(facts, "\n".join(lines))

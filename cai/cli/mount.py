@@ -16,19 +16,21 @@ from cai.errors import StorageError, UsageError
 from cai.terminal import JsonFlag, Terminal, current
 
 if TYPE_CHECKING:
-    from cai.model import SealedModel
+    from cai.model.opening import AnyModel
     from cai.mount import Kind
 
 
 def mount(
-    sealed: Annotated[Path, typer.Argument(help="Directory of the sealed model.")],
+    sealed: Annotated[
+        str, typer.Argument(help="Directory of the sealed model, or its URI: read on demand.")
+    ],
     mount_point: Annotated[Path, typer.Argument(help="An empty directory to mount it on.")],
     key_file: Annotated[Path, typer.Option("--key-file", help="File with the model's key.")],
     kind: Annotated[
         str,
         typer.Option(
-            help="fuse decrypts what is read; tmpfs decrypts all of it into memory first; "
-            "auto is fuse where it can be used, else tmpfs."
+            help="fuse decrypts what is read; passthrough each file into memory when it is "
+            "opened; tmpfs all of it into memory first; auto chooses by kernel and memory."
         ),
     ] = "auto",
     expect_root: Annotated[
@@ -59,10 +61,11 @@ def mount(
 
     terminal = current()
     logging.basicConfig(format="cai: %(levelname)s: %(message)s")
-    chosen, reason = choose(kind)
+    choose(kind)  # what cannot be is said before the model is opened
     place.prepare(mount_point)
     where = mount_point.absolute()
-    with closing(_open(sealed.absolute(), key_file, expect_root)) as model:
+    with closing(_open(sealed, key_file, expect_root)) as model:
+        chosen, reason = choose(kind, model)
 
         def show(as_kind: Kind, ready: Callable[[dict[str, Any]], None], *, stay: bool) -> None:
             with _progress(terminal, model, as_kind) as advance:
@@ -85,13 +88,15 @@ def mount(
         def tell(facts: dict[str, Any]) -> None:
             _tell(terminal, facts, foreground=foreground)
 
-        if chosen is Kind.FUSE and not foreground:
+        if chosen is not Kind.TMPFS and not foreground:
             from cai.mount import background
 
+            # In the child the choice stays open between pass-through and FUSE, not to tmpfs.
+            wanted = Kind.AUTO if kind == Kind.AUTO and chosen is Kind.PASSTHROUGH else chosen
             try:
                 tell(
                     background.start(
-                        lambda ready: show(Kind.FUSE, ready, stay=True), log_file=log_file
+                        lambda ready: show(wanted, ready, stay=True), log_file=log_file
                     )
                 )
                 return
@@ -102,16 +107,23 @@ def mount(
         show(chosen if chosen is Kind.TMPFS else Kind(kind), tell, stay=foreground)
 
 
-def _open(sealed: Path, key_file: Path, expect_root: str | None) -> SealedModel:
-    from cai.model import open_model, read_key_file
+def _open(sealed: str, key_file: Path, expect_root: str | None) -> AnyModel:
+    from cai.cli.check import warn_unprotected
+    from cai.loaders.opening import in_a_store, open_tree
+    from cai.model.opening import open_any, read_key
 
     if expect_root is not None and not re.fullmatch(r"[0-9a-f]{64}", expect_root):
         raise UsageError("--expect-root is not 64 lower-case hex digits", hint="see cai inspect")
-    return open_model(sealed, read_key_file(key_file), expect_root=expect_root)
+    if in_a_store(sealed):
+        return open_tree(sealed, key_file, expect_root=expect_root)
+    directory = Path(sealed.removeprefix("file://").removeprefix("file:")).absolute()
+    model = open_any(directory, read_key(directory, key_file), expect_root=expect_root)
+    warn_unprotected(current(), model, directory)
+    return model
 
 
 def _progress(
-    terminal: Terminal, model: SealedModel, kind: Kind
+    terminal: Terminal, model: AnyModel, kind: Kind
 ) -> AbstractContextManager[Callable[[int], None]]:
     from cai.mount import Kind
 

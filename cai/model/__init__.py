@@ -16,8 +16,9 @@ from cai.model.keys import new_key, read_key_file, write_key_file
 from cai.model.manifest import Licence, Manifest
 from cai.model.options import SealOptions, SealReport
 from cai.model.record import Lease, ReleaseRecord
-from cai.model.sealed import SealedModel, open_model, read_header
-from cai.model.sealing import seal
+from cai.model.rekeying import RotateReport, rotate
+from cai.model.sealed import SealedModel, open_model, open_model_files, read_header
+from cai.model.sealing import reseal, seal
 from cai.model.tree import Entry, EntryType, FileReader, ModelTree
 from cai.model.unsealing import unseal
 
@@ -31,6 +32,7 @@ __all__ = [
     "Manifest",
     "ModelTree",
     "ReleaseRecord",
+    "RotateReport",
     "SealOptions",
     "SealReport",
     "SealedModel",
@@ -39,8 +41,11 @@ __all__ = [
     "content_root_of_tree",
     "new_key",
     "open_model",
+    "open_model_files",
     "read_header",
     "read_key_file",
+    "reseal",
+    "rotate",
     "seal",
     "unseal",
     "write_key_file",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from cai.errors import StorageError, Tampered
+from cai.model.fleet import Fleet
+from cai.model.gocryptfs.checking import check_cipher
+from cai.model.gocryptfs.model import CipherModel
 from cai.model.index import PieceHasher, StoredFile, hash_pieces, index_digest, parse_index
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import (
@@ -17,10 +20,12 @@ from cai.model.layout import (
     MAX_INDEX_FILE,
     OBJECTS_DIR,
     PIECE,
+    SIGNATURE_FILE,
 )
 from cai.model.manifest import Inline, Stored
 from cai.model.progress import ProgressBar, silent
 from cai.model.sealed import SealedModel, open_model
+from cai.model.signature import read_signature
 from cai.model.tree import Entry, EntryType
 from cai.secret import Secret
 from cai.terminal import Advance
@@ -40,6 +45,8 @@ class CheckReport:
         files: plaintext files.
         objects: stored objects.
         plaintext_bytes: of all files.
+        signature: ``verified`` under the demanded key, ``not asked`` when there is one and no key
+            was demanded, ``none``.
     """
 
     model_id: str
@@ -51,6 +58,7 @@ class CheckReport:
     files: int
     objects: int
     plaintext_bytes: int
+    signature: str = "none"
 
     def to_json(self) -> dict[str, object]:
         """The report as ``--json`` prints it."""
@@ -60,6 +68,7 @@ class CheckReport:
 def check(
     directory: Path, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0,
     index_sha256: str | None = None, workers: int = 0, progress: ProgressBar = silent,
+    owner_key: str | None = None,
 ) -> CheckReport:
     """Authenticate everything: each chunk, each digest, the index, and that nothing else is there.
 
@@ -71,37 +80,61 @@ def check(
         index_sha256: the index to insist on, hex.
         workers: threads; 0 chooses by the machine.
         progress: shows the plaintext bytes done.
+        owner_key: whose signature over the manifest to insist on, hex.
 
     Raises:
         Tampered: naming the stored file that is not what was sealed.
         CaiError: as ``open_model``.
     """
     with open_model(
-        directory, kek, expect_root=expect_root, min_revision=min_revision
+        directory, kek, expect_root=expect_root, min_revision=min_revision, owner_key=owner_key
     ) as model:
-        index = _checked_index(model, index_sha256)
+        index = checked_index(model, index_sha256)
+        signed = read_signature(model.files) is not None
+        signature = "none" if not signed else "not asked" if owner_key is None else "verified"
+        if isinstance(model, CipherModel):
+            check_cipher(model, index, workers=workers, progress=progress)
+            _check_manifest_pieces(model, index[MANIFEST_FILE])
+            return _report(model, signature)
         # (C3) nothing is missing and nothing else is there
-        _check_listing(model.files.listing(), {HEADER_FILE, INDEX_FILE, *index})
+        found = model.files.listing()
+        _check_listing(found - {SIGNATURE_FILE}, {HEADER_FILE, INDEX_FILE, *index})
         manifest = model.manifest
         files = [e for e in manifest.entries.values() if e.type is EntryType.FILE]
         total = sum(entry.size for entry in files)
-        with Lanes(workers) as lanes, progress("check", total) as advance:
-            for entry in files:
+        with Fleet(len(manifest.stored), workers) as fleet, progress("check", total) as advance:
+
+            def one(entry: Entry, lanes: Lanes) -> None:
                 storage = manifest.storage[entry.path]
                 if isinstance(storage, Stored):
                     pieces = index[f"{OBJECTS_DIR}/{storage.name}"]
-                    _check_object(model, entry, storage, pieces, lanes, advance)
+                    _check_object(model, entry, storage, pieces, fleet, lanes, advance)
                 else:
                     _check_inline(entry, storage, advance)
+
+            fleet.each(sorted(files, key=lambda entry: -entry.size), one)
         _check_manifest_pieces(model, index[MANIFEST_FILE])
-        return CheckReport(
-            model.model_id, model.revision, model.root, model.content_root,
-            content_verified=True, index_sha256=model.header.index_sha256, files=len(files),
-            objects=len(manifest.stored), plaintext_bytes=total,
-        )
+        return _report(model, signature)
 
 
-def _checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredFile]:
+def _report(model: SealedModel, signature: str) -> CheckReport:
+    manifest = model.manifest
+    files = [e for e in manifest.entries.values() if e.type is EntryType.FILE]
+    objects = len(files) if manifest.cipher is not None else len(manifest.stored)
+    return CheckReport(
+        model.model_id, model.revision, model.root, model.content_root,
+        content_verified=True, index_sha256=model.header.index_sha256, files=len(files),
+        objects=objects, plaintext_bytes=sum(entry.size for entry in files),
+        signature=signature,
+    )
+
+
+def checked_index(model: SealedModel, expected: str | None) -> dict[str, StoredFile]:
+    """The index of an opened model, authenticated (C1, C2).
+
+    Raises:
+        Tampered, FormatError: it is not the one that was sealed, or that is ``expected``.
+    """
     # (C1) the index that the header, and perhaps the record, names
     data = model.files.read(INDEX_FILE, limit=MAX_INDEX_FILE)
     digest = index_digest(data)
@@ -110,6 +143,8 @@ def _checked_index(model: SealedModel, expected: str | None) -> dict[str, Stored
     if expected is not None and digest != expected:
         raise _tampered(INDEX_FILE, f"its SHA-256 is {digest}, expected {expected}")
     index = parse_index(data)
+    if model.manifest.cipher is not None:
+        return index
     # (C2) it lists exactly the stored files, with their lengths
     stored = {f"{OBJECTS_DIR}/{s.name}": s.shape.stored for s in model.manifest.stored.values()}
     stored[MANIFEST_FILE] = model.header.manifest.stored
@@ -136,8 +171,8 @@ def _check_inline(entry: Entry, storage: Inline, advance: Advance) -> None:
 
 
 def _check_object(
-    model: SealedModel, entry: Entry, storage: Stored, listed: StoredFile, lanes: Lanes,
-    advance: Advance,
+    model: SealedModel, entry: Entry, storage: Stored, listed: StoredFile, fleet: Fleet,
+    lanes: Lanes, advance: Advance,
 ) -> None:
     reader = model.open_object(entry, storage)
     try:
@@ -145,12 +180,15 @@ def _check_object(
         pieces.update(reader.head)
         # (C4) chunks, padding and plaintext digest
         for offset, plain, sealed in opened(reader, lanes):
-            held = plain[: max(0, entry.size - offset)]
-            digest.update(held)
-            if any(plain[len(held) :]):
+            fleet.keep_on()
+            beside = lanes.aside(partial(pieces.update_all, sealed))
+            try:
+                held = plain[: max(0, entry.size - offset)]
+                digest.update(held)
+            finally:
+                beside.result()
+            if plain[len(held) :] != bytes(len(plain) - len(held)):
                 raise _tampered(reader.stored, f"its padding after {entry.path!r} is not zero")
-            for view in sealed:
-                pieces.update(view)
             advance(len(held))
         if digest.hexdigest() != entry.sha256:
             raise _tampered(reader.stored, f"the SHA-256 of {entry.path!r} is not its content's")
@@ -166,7 +204,7 @@ def _check_manifest_pieces(model: SealedModel, listed: StoredFile) -> None:
     except OSError as error:
         raise StorageError(f"read {MANIFEST_FILE}: {error.strerror}") from error
     finally:
-        os.close(handle)
+        model.files.release(handle)
     _compare_pieces(MANIFEST_FILE, found, listed)
 
 

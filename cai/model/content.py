@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from cai import merkle
+from cai.model.paths import name_bytes
 from cai.model.tree import Entry, EntryType
 
 _TYPE_BYTES = {EntryType.FILE: b"f", EntryType.DIRECTORY: b"d", EntryType.SYMLINK: b"l"}
@@ -20,16 +21,16 @@ def leaf_data(entry: Entry) -> bytes:
     if entry.type is EntryType.FILE:
         digest = bytes.fromhex(entry.sha256)
     elif entry.type is EntryType.SYMLINK:
-        digest = sha256(entry.target.encode("utf-8")).digest()
+        digest = sha256(name_bytes(entry.target)).digest()
     else:
         digest = bytes(32)
     size = entry.size.to_bytes(8, "big")
-    return _TYPE_BYTES[entry.type] + size + digest + entry.path.encode("utf-8")
+    return _TYPE_BYTES[entry.type] + size + digest + name_bytes(entry.path)
 
 
 def content_root(entries: Iterable[Entry]) -> str:
     """Content root over entries in any order, 64 hex digits."""
-    ordered = sorted(entries, key=lambda entry: entry.path.encode("utf-8"))
+    ordered = sorted(entries, key=lambda entry: name_bytes(entry.path))
     return merkle.root([merkle.leaf_hash(leaf_data(entry)) for entry in ordered]).hex()
 
 

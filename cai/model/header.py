@@ -19,6 +19,7 @@ from cai.errors import Tampered, WrongKey
 from cai.model import derive
 from cai.model.layout import (
     FORMAT,
+    GOCRYPTFS,
     HEADER_FILE,
     MAX_HEADER_FILE,
     MAX_INDEX_FILE,
@@ -30,6 +31,9 @@ from cai.model.layout import (
 from cai.model.members import Members
 from cai.model.object import Shape
 from cai.secret import Secret
+
+MAX_METHOD = 32
+"""Longest name of a method, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class Header:
         index_sha256: of ``index.cai``, hex.
         index_size: bytes of ``index.cai``.
         mac: over all of the above, hex; empty before it is sealed.
+        method: how the files are stored, ``cai`` or ``gocryptfs``; the MAC covers it too.
     """
 
     model_id: str
@@ -72,6 +77,7 @@ class Header:
     index_sha256: str
     index_size: int
     mac: str = field(default="")
+    method: str = METHOD
 
     def encode(self) -> bytes:
         """The canonical bytes of the file."""
@@ -84,7 +90,7 @@ class Header:
     def _members(self) -> dict[str, Any]:
         return {
             "cai": FORMAT,
-            "method": METHOD,
+            "method": self.method,
             "suite": SUITE,
             "model_id": self.model_id,
             "revision": self.revision,
@@ -113,7 +119,9 @@ class Header:
             jcs.parse_canonical(data, what=HEADER_FILE, limit=MAX_HEADER_FILE), where=HEADER_FILE
         )
         members.constant("cai", FORMAT)
-        members.constant("method", METHOD)
+        method = members.text("method", most=MAX_METHOD)
+        if method not in (METHOD, GOCRYPTFS):
+            raise members.wrong("method", f"{METHOD!r} or {GOCRYPTFS!r}")
         members.constant("suite", SUITE)
         dek, manifest = members.object("dek"), members.object("manifest")
         index = members.object("index")
@@ -131,6 +139,7 @@ class Header:
             index_sha256=index.hex("sha256", 32),
             index_size=index.integer("size", least=1, most=MAX_INDEX_FILE),
             mac=members.hex("mac", 32),
+            method=method,
         )
         for part in (dek, manifest, index, members):
             part.finish()
@@ -158,6 +167,12 @@ class DekKeys:
     def mac(self, header: Header) -> str:
         """The header's MAC, hex (§4)."""
         return hmac.digest(self.header_key, header.authenticated(), sha256).hex()
+
+
+def kek_commitment(kek: Secret, model_id: str) -> str:
+    """Which KEK this is, for one model; says nothing about it (§2), hex."""
+    prk = derive.extract(bytes.fromhex(model_id), kek.reveal())
+    return derive.expand(prk, derive.KEK_COMMIT).hex()
 
 
 def wrap_dek(dek: bytes, kek: Secret, *, model_id: str, revision: int, nonce: bytes) -> WrappedDek:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -12,6 +13,7 @@ from blake3 import blake3
 from cai import jcs
 from cai.errors import FormatError
 from cai.model.layout import (
+    DATA_DIR,
     INDEX_FILE,
     MANIFEST_FILE,
     MAX_ENTRIES,
@@ -23,8 +25,12 @@ from cai.model.layout import (
 )
 from cai.model.members import Members
 
-_MAX_PATH = len(OBJECTS_DIR) + 1 + 32
+_MAX_PATH = 64 * 1024
 _MAX_STORED = 2 * MAX_OBJECT_SIZE
+_MAX_LINK = 8192
+_MAX_FILES = 3 * MAX_ENTRIES + 3
+_DATA_PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]{1,255}", re.ASCII)
+_LINK = re.compile(r"[A-Za-z0-9_-]{1,8192}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +40,19 @@ class StoredFile:
     Attributes:
         size: stored bytes.
         pieces: BLAKE3 of each 4 MiB piece, hex.
+        link: text of a symbolic link, as method gocryptfs has them; empty for files.
     """
 
     size: int
     pieces: tuple[str, ...]
+    link: str = ""
 
 
 def encode_index(files: Mapping[str, StoredFile]) -> bytes:
     """The canonical bytes of ``index.cai``."""
     listed = [
         {"path": path, "size": files[path].size, "blake3": list(files[path].pieces)}
+        | ({"link": files[path].link} if files[path].link else {})
         for path in sorted(files)
     ]
     return jcs.canonical({"cai-index": 1, "piece": PIECE, "files": listed})
@@ -61,23 +70,50 @@ def parse_index(data: bytes) -> dict[str, StoredFile]:
     members.constant("piece", PIECE)
     files: dict[str, StoredFile] = {}
     before = ""
-    for number, item in enumerate(members.list("files", most=MAX_ENTRIES + 1)):
+    for number, item in enumerate(members.list("files", most=_MAX_FILES)):
         entry = Members(item, where=f"{INDEX_FILE} file {number}")
         path = entry.text("path", most=_MAX_PATH)
+        in_data = _is_data(path)
         folder, _, name = path.rpartition("/")
-        if path != MANIFEST_FILE and not (folder == OBJECTS_DIR and OBJECT_NAME.fullmatch(name)):
+        in_objects = folder == OBJECTS_DIR and OBJECT_NAME.fullmatch(name)
+        if path != MANIFEST_FILE and not (in_data or in_objects):
             raise entry.wrong("path", f"{MANIFEST_FILE} or {OBJECTS_DIR}/<32 hex digits>")
         if path <= before:
             raise FormatError(f"{INDEX_FILE}: {path} is out of order or there twice")
         before = path
-        size = entry.integer("size", least=1, most=_MAX_STORED)
+        size = entry.integer("size", least=0 if in_data else 1, most=_MAX_STORED)
         pieces = entry.list("blake3", most=-(-size // PIECE))
-        files[path] = StoredFile(size, _parse_pieces(pieces, size, entry))
+        link = ""
+        if in_data and entry.has("link"):
+            link = entry.text("link", most=_MAX_LINK)
+            if size or not _LINK.fullmatch(link):
+                raise entry.wrong("link", "the text of an encrypted symbolic link")
+        files[path] = StoredFile(size, _parse_pieces(pieces, size, entry), link)
         entry.finish()
     members.finish()
     if MANIFEST_FILE not in files:
         raise FormatError(f"{INDEX_FILE}: {MANIFEST_FILE} is missing")
+    _refuse_mixture(files)
     return files
+
+
+def _is_data(path: str) -> bool:
+    """Whether it is a path in the cipher directory that can be nowhere else (spec-gocryptfs)."""
+    first, *parts = path.split("/")
+    return first == DATA_DIR and bool(parts) and all(map(_DATA_PART.fullmatch, parts))
+
+
+def _refuse_mixture(files: Mapping[str, StoredFile]) -> None:
+    """Objects and a cipher directory do not stand together, nor is a file also a directory."""
+    folders = {path.split("/")[0] for path in files if "/" in path}
+    if len(folders) > 1:
+        raise FormatError(f"{INDEX_FILE}: it lists files of two methods")
+    for path in files:
+        above = path.rpartition("/")[0]
+        while above:
+            if above in files:
+                raise FormatError(f"{INDEX_FILE}: {above} is a file and a directory")
+            above = above.rpartition("/")[0]
 
 
 def index_digest(data: bytes) -> str:
@@ -111,6 +147,11 @@ class PieceHasher:
             view = view[room:]
             if self._offset % PIECE == 0:
                 self._close()
+
+    def update_all(self, parts: Iterable[memoryview]) -> None:
+        """Take the next bytes of the stream, in several parts."""
+        for part in parts:
+            self.update(part)
 
     def finish(self) -> dict[int, str]:
         """Digests by piece number, the last, shorter piece with them."""

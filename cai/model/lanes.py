@@ -45,7 +45,12 @@ class Lanes:
     def __init__(self, workers: int = 0) -> None:
         count = workers or min(MAX_WORKERS, max(2, os.cpu_count() or 2))
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="cai-model")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="cai-model-aside")
         self._slots = [Slot() for _ in range(count + 2)]
+
+    def aside(self, work: Callable[[], None]) -> Future[None]:
+        """Do something beside the consumer, in the order of the calls, one after the other."""
+        return self._aside.submit(work)
 
     def run(
         self, jobs: Iterable[Job], work: Callable[[Job, Slot], Result]
@@ -86,6 +91,7 @@ class Lanes:
 
     def __exit__(self, *_exception: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._aside.shutdown(wait=True, cancel_futures=True)
 
 
 def batches(shape: Shape) -> Iterator[tuple[int, int]]:

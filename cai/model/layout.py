@@ -11,12 +11,18 @@ SUITE = "AES-256-GCM/HKDF-SHA256"
 """The one suite of version 1 (spec-format, notation)."""
 
 METHOD = "cai"
-"""Member ``method`` of ``cai.json``."""
+"""Member ``method`` of ``cai.json``: the native format."""
+
+GOCRYPTFS = "gocryptfs"
+"""Member ``method`` of ``cai.json`` beside a gocryptfs directory (docs/spec-gocryptfs.md)."""
 
 HEADER_FILE = "cai.json"
 MANIFEST_FILE = "manifest.cai"
 INDEX_FILE = "index.cai"
+SIGNATURE_FILE = "manifest.sig"
 OBJECTS_DIR = "objects"
+DATA_DIR = "data"
+"""The cipher directory of method gocryptfs."""
 
 KEY_SIZE = 32
 """Bytes of a KEK, a DEK and an object key."""

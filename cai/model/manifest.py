@@ -12,6 +12,8 @@ from typing import Any
 
 from cai import jcs
 from cai.errors import FormatError, LimitExceeded
+from cai.model.gocryptfs import entries as cipher_entries
+from cai.model.gocryptfs.entries import CipherTree
 from cai.model.layout import (
     FORMAT,
     INLINE_SIZE,
@@ -92,7 +94,8 @@ class Manifest:
         licence: terms of use.
         provenance: where it comes from.
         entries: by path, parents before children.
-        storage: by path, for every file.
+        storage: by path, for every file of the native format.
+        cipher: what pins the cipher directory of method gocryptfs, or ``None``.
     """
 
     model_id: str
@@ -106,6 +109,7 @@ class Manifest:
     provenance: Mapping[str, str]
     entries: Mapping[str, Entry]
     storage: Mapping[str, Storage] = field(repr=False)
+    cipher: CipherTree | None = field(default=None, repr=False)
 
     def encode(self) -> bytes:
         """The canonical bytes."""
@@ -122,12 +126,19 @@ class Manifest:
                 "allow": list(self.allow),
                 "licence": {"name": licence.name, "terms": licence.terms, "text": licence.text},
                 "provenance": dict(self.provenance),
-                "entries": [
-                    _encode_entry(entry, self.storage.get(path))
-                    for path, entry in self.entries.items()
-                ],
+                **self._entries(),
             }
         )
+
+    def _entries(self) -> dict[str, Any]:
+        if self.cipher is not None:
+            return cipher_entries.encode_entries(self.entries, self.cipher)
+        return {
+            "entries": [
+                _encode_entry(entry, self.storage.get(path))
+                for path, entry in self.entries.items()
+            ]
+        }
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -142,7 +153,13 @@ class Manifest:
         created = members.text("created", most=20)
         if not _CREATED.fullmatch(created):
             raise members.wrong("created", "YYYY-MM-DDTHH:MM:SSZ")
-        entries, storage = _parse_entries(members.list("entries", most=MAX_ENTRIES))
+        entries: dict[str, Entry]
+        storage: dict[str, Storage] = {}
+        cipher = None
+        if members.has(cipher_entries.MEMBER):
+            entries, cipher = cipher_entries.parse_entries(members)
+        else:
+            entries, storage = _parse_entries(members.list("entries", most=MAX_ENTRIES))
         manifest = cls(
             model_id=members.hex("model_id", 32),
             revision=members.integer("revision", least=1),
@@ -155,6 +172,7 @@ class Manifest:
             provenance=_parse_provenance(members.raw("provenance")),
             entries=entries,
             storage=storage,
+            cipher=cipher,
         )
         members.finish()
         return manifest

@@ -12,6 +12,9 @@ from cai.model.manifest import Licence
 PICKLE_FLAG = "pickle"
 """Member of ``allow`` under which Python pickles may be sealed."""
 
+REMOTE_CODE_FLAG = "remote-code"
+"""Member of ``allow`` under which a host may run Python code that comes with the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class SealOptions:
@@ -26,8 +29,9 @@ class SealOptions:
         provenance: where the model comes from.
         allow: flags, sorted.
         chunk: bytes of a chunk.
+        pad: round the sizes of stored objects up, so that they tell little of the files'.
         created: when; ``None`` is now.
-        workers: threads; 0 chooses by the machine.
+        workers: threads for each file; 0 chooses by the machine.
         unsafe_entropy: replaces the system's random bytes, for known-answer vectors only.
     """
 
@@ -39,6 +43,7 @@ class SealOptions:
     provenance: Mapping[str, str] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
     chunk: int = DEFAULT_CHUNK
+    pad: bool = False
     created: datetime | None = None
     workers: int = 0
     unsafe_entropy: Callable[[int], bytes] | None = None
@@ -46,7 +51,13 @@ class SealOptions:
 
 @dataclass(frozen=True, slots=True)
 class SealReport:
-    """What was sealed; nothing in it is secret."""
+    """What was sealed; nothing in it is secret.
+
+    Attributes:
+        carried: objects that were taken over from an older revision.
+        resumed: objects that an interrupted run had finished.
+        written_bytes: stored bytes that this run wrote.
+    """
 
     model_id: str
     revision: int
@@ -60,6 +71,9 @@ class SealReport:
     objects: int
     plaintext_bytes: int
     stored_bytes: int
+    carried: int = 0
+    resumed: int = 0
+    written_bytes: int = 0
 
     def to_json(self) -> dict[str, object]:
         """The report as ``--json`` prints it."""

@@ -6,7 +6,7 @@ through here before anything touches a file system.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from cai.errors import FormatError
 
@@ -20,10 +20,24 @@ MAX_LINKS = 40
 """Most links that are followed in one resolution, as Linux does (path_resolution(7))."""
 
 
-def path_fault(path: str) -> str | None:
-    """Why this is not a path of a tree, or ``None`` when it is one."""
+def name_bytes(text: str, *, any_bytes: bool = True) -> bytes:
+    """A path's or target's bytes; with ``any_bytes`` those that are not UTF-8 may be escaped.
+
+    Raises:
+        UnicodeEncodeError: it stands for no bytes that are allowed.
+    """
+    return text.encode("utf-8", "surrogateescape" if any_bytes else "strict")
+
+
+def path_fault(path: str, *, any_bytes: bool = False) -> str | None:
+    """Why this is not a path of a tree, or ``None`` when it is one.
+
+    Args:
+        path: the path.
+        any_bytes: names need not be UTF-8, as in gocryptfs trees (surrogate escapes).
+    """
     try:
-        encoded = path.encode("utf-8")
+        encoded = name_bytes(path, any_bytes=any_bytes)
     except UnicodeEncodeError:
         return "not valid UTF-8"
     if not 1 <= len(encoded) <= MAX_PATH:
@@ -38,10 +52,10 @@ def path_fault(path: str) -> str | None:
     return None
 
 
-def target_fault(target: str) -> str | None:
+def target_fault(target: str, *, any_bytes: bool = False) -> str | None:
     """Why this is not a target that a link of a tree may have, or ``None`` when it is one."""
     try:
-        encoded = target.encode("utf-8")
+        encoded = name_bytes(target, any_bytes=any_bytes)
     except UnicodeEncodeError:
         return "its target is not valid UTF-8"
     if not 1 <= len(encoded) <= MAX_PATH:
@@ -58,21 +72,30 @@ def parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def check_links(links: Mapping[str, str]) -> None:
+def check_links(links: Mapping[str, str], *, any_bytes: bool = False) -> None:
     """Check that every link stays inside the tree when a kernel resolves it.
 
     Text alone does not tell: through a link to a directory elsewhere, ``..`` leads elsewhere too.
 
     Args:
         links: target by path, for every link of the tree.
+        any_bytes: targets need not be UTF-8.
 
     Raises:
         FormatError: naming the link that leads outside or in a circle.
     """
+    for path, fault in link_faults(links, any_bytes=any_bytes):
+        raise FormatError(f"symbolic link {path!r}: {fault}")
+
+
+def link_faults(
+    links: Mapping[str, str], *, any_bytes: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Every link that does not stay inside the tree, and why; arguments as ``check_links``."""
     for path in links:
-        fault = target_fault(links[path]) or _resolution_fault(path, links)
+        fault = target_fault(links[path], any_bytes=any_bytes) or _resolution_fault(path, links)
         if fault:
-            raise FormatError(f"symbolic link {path!r}: {fault}")
+            yield path, fault
 
 
 def _resolution_fault(path: str, links: Mapping[str, str]) -> str | None:

@@ -7,11 +7,10 @@ serves several threads and forked processes without a lock.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 
 from cai.errors import FormatError, StorageError, Tampered
-from cai.model.files import StoredFiles
+from cai.model.files import SealedFiles
 from cai.model.layout import INLINE_SIZE, TAG_SIZE
 from cai.model.object import ChunkCipher, Shape, object_digest, split_head
 
@@ -61,7 +60,7 @@ class ObjectReader:
     """
 
     def __init__(
-        self, files: StoredFiles, stored: str, shape: Shape, digest: str, key: bytes, *,
+        self, files: SealedFiles, stored: str, shape: Shape, digest: str, key: bytes, *,
         path: str = "", size: int | None = None,
     ) -> None:
         self.stored = stored
@@ -70,7 +69,8 @@ class ObjectReader:
         self.size = shape.size if size is None else size
         self.chunk_size = shape.chunk
         self._serial = next(_serial)
-        self._fd = files.open(stored)
+        self._files = files
+        self._handle = files.open(stored)
         try:
             self.head = self._verified_head(digest)
             header, self._tags = split_head(self.head, shape)
@@ -141,13 +141,13 @@ class ObjectReader:
 
     def forget(self, offset: int, length: int) -> None:
         """Tell the kernel that this part of the ciphertext is not needed again."""
-        os.posix_fadvise(self._fd, self.shape.head + offset, length, os.POSIX_FADV_DONTNEED)
+        self._files.forget(self._handle, self.shape.head + offset, length)
 
     def close(self) -> None:
         """Close the stored file."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            self._files.release(handle)
 
     def _read_some(self, offset: int, view: memoryview) -> int:
         """Read one run of whole chunks, or a part of one chunk; returns its length."""
@@ -176,7 +176,7 @@ class ObjectReader:
 
     def _verified_head(self, digest: str) -> bytes:
         # (O1) the length, before anything of that size is allocated
-        found = os.fstat(self._fd).st_size
+        found = self._files.length(self._handle)
         if found != self.shape.stored:
             raise self._tampered(f"it has {found} bytes, expected {self.shape.stored}")
         head = bytearray(self.shape.head)
@@ -190,7 +190,7 @@ class ObjectReader:
         rest = views
         while rest:
             try:
-                done = os.preadv(self._fd, rest, offset)
+                done = self._files.preadv(self._handle, rest, offset)
             except OSError as error:
                 raise StorageError(f"read {self.stored}: {error.strerror}") from error
             if not done:

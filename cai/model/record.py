@@ -50,7 +50,8 @@ class ReleaseRecord:
     """What a guest needs to open one model, and what it may do with it.
 
     Attributes:
-        kek: the key-encryption key.
+        kek: the key-encryption key; empty in the record of a gocryptfs model, whose password is a
+            resource of its own (decisions §3.1).
         model_id: 64 hex digits.
         manifest_root: the ``model_root`` to open, 64 hex digits.
         min_revision: the oldest revision to accept, from 1.
@@ -80,16 +81,17 @@ class ReleaseRecord:
         members = self._members()
         signature = key.sign(DOMAIN + jcs.canonical(members))
         signed = jcs.canonical(members | {"signature": signature.hex()})
-        ReleaseRecord.parse(signed, owner_key=self.owner_key)
+        ReleaseRecord.parse(signed, owner_key=self.owner_key, with_kek=len(self.kek) > 0)
         return signed
 
     @classmethod
-    def parse(cls, data: bytes, *, owner_key: str) -> ReleaseRecord:
+    def parse(cls, data: bytes, *, owner_key: str, with_kek: bool = True) -> ReleaseRecord:
         """Parse a record and verify its signature under the key that the caller expects.
 
         Args:
             data: the resource's bytes.
             owner_key: 64 hex digits, from ``launch.json`` or the caller.
+            with_kek: the member ``kek`` must be there; else it must not.
 
         Raises:
             FormatError, LimitExceeded: not canonical, or a member of another form.
@@ -100,7 +102,7 @@ class ReleaseRecord:
         members.constant("cai-key", 1)
         signature = members.hex("signature", 64)
         record = cls(
-            kek=Secret(bytes.fromhex(members.hex("kek", KEY_SIZE))),
+            kek=Secret(bytes.fromhex(members.hex("kek", KEY_SIZE)) if with_kek else b""),
             model_id=members.hex("model_id", 32),
             manifest_root=members.hex("manifest_root", 32),
             min_revision=members.integer("min_revision", least=1),
@@ -121,9 +123,9 @@ class ReleaseRecord:
     def _members(self) -> dict[str, Any]:
         if not valid_flags(list(self.allow)):
             raise FormatError("release record: allow holds a bad, repeated or unsorted flag")
-        return {
+        kek = {"kek": self.kek.reveal().hex()} if len(self.kek) else {}
+        return kek | {
             "cai-key": 1,
-            "kek": self.kek.reveal().hex(),
             "model_id": self.model_id,
             "manifest_root": self.manifest_root,
             "min_revision": self.min_revision,

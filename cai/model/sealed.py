@@ -9,16 +9,27 @@ Example::
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cai.errors import InputError, InputMissing, Tampered
 from cai.model.content import content_root
-from cai.model.files import StoredFiles
+from cai.model.files import SealedFiles, StoredFiles
 from cai.model.header import Header, unlock
-from cai.model.layout import HEADER_FILE, MANIFEST_FILE, MAX_HEADER_FILE, OBJECTS_DIR
+from cai.model.layout import (
+    GOCRYPTFS,
+    HEADER_FILE,
+    MANIFEST_FILE,
+    MAX_HEADER_FILE,
+    OBJECTS_DIR,
+)
 from cai.model.manifest import Inline, Manifest, Stored, model_root, unpad
 from cai.model.reader import InlineReader, ObjectReader
+from cai.model.signature import verify_signature
 from cai.model.tree import Entry, EntryType, FileReader
 from cai.secret import Secret
+
+if TYPE_CHECKING:
+    from cai.model.gocryptfs.keys import CipherKeys
 
 
 class SealedModel:
@@ -33,7 +44,7 @@ class SealedModel:
         entries: every path but the root, parents before children.
     """
 
-    def __init__(self, files: StoredFiles, header: Header, manifest: Manifest, root: str) -> None:
+    def __init__(self, files: SealedFiles, header: Header, manifest: Manifest, root: str) -> None:
         self._files = files
         self.header = header
         self.manifest = manifest
@@ -61,7 +72,7 @@ class SealedModel:
         return self.manifest.allow
 
     @property
-    def files(self) -> StoredFiles:
+    def files(self) -> SealedFiles:
         """The stored files."""
         return self._files
 
@@ -117,7 +128,8 @@ def read_header(directory: Path) -> Header:
 
 
 def open_model(
-    directory: Path, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0
+    directory: Path, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0,
+    owner_key: str | None = None,
 ) -> SealedModel:
     """Open a sealed model in the order of spec-format §8.
 
@@ -126,6 +138,7 @@ def open_model(
         kek: the key-encryption key, 32 bytes.
         expect_root: the ``model_root`` to insist on, hex.
         min_revision: the oldest revision to accept.
+        owner_key: whose signature over the manifest to insist on, Ed25519, 64 hex digits.
 
     Raises:
         InputMissing, InputError: there is no sealed model of a known method.
@@ -134,11 +147,26 @@ def open_model(
         Tampered: something is not what was sealed, or older or other than demanded.
         StorageError: the file system refused.
     """
-    files = StoredFiles(directory)
+    return open_model_files(
+        StoredFiles(directory), kek, expect_root=expect_root, min_revision=min_revision,
+        owner_key=owner_key,
+    )
+
+
+def open_model_files(
+    files: SealedFiles, kek: Secret, *, expect_root: str | None = None, min_revision: int = 0,
+    owner_key: str | None = None,
+) -> SealedModel:
+    """Open a sealed model from stored files that lie anywhere; closes them when it fails.
+
+    Raises:
+        CaiError: as ``open_model``, and what ``files`` raises.
+    """
     try:
         # (1) to (5)
         header = _read_header(files)
-        _, keys = unlock(header, kek)
+        cipher = _cipher_keys(files, kek) if header.method == GOCRYPTFS else None
+        _, keys = unlock(header, cipher.kek if cipher else kek)
         # (6) no older revision than demanded
         if header.revision < min_revision:
             raise Tampered(
@@ -148,9 +176,11 @@ def open_model(
         # (7) the manifest's bytes, (8) their form
         canonical = unpad(_read_manifest(files, header, keys.manifest_key))
         manifest = Manifest.parse(canonical)
-        # (9) the same model and revision as the header's
+        # (9) the same model and revision as the header's, and the same method
         if (manifest.model_id, manifest.revision) != (header.model_id, header.revision):
             raise _manifest_altered(f"it belongs to another model or revision than {HEADER_FILE}")
+        if (manifest.cipher is not None) != (cipher is not None):
+            raise _manifest_altered(f"it is of another method than {HEADER_FILE}")
         # (10) the content root is the entries' own
         if content_root(manifest.entries.values()) != manifest.content_root:
             raise _manifest_altered("its content root is not that of its entries")
@@ -162,17 +192,31 @@ def open_model(
                 path=MANIFEST_FILE, code="root-mismatch",
                 hint="check that model and record belong together",
             )
+        # (12) the owner that the caller insists on
+        if owner_key is not None:
+            verify_signature(files, root, owner_key)
+        if cipher is not None:
+            from cai.model.gocryptfs.model import CipherModel
+
+            return CipherModel(files, header, manifest, root, cipher)
         return SealedModel(files, header, manifest, root)
     except BaseException:
         files.close()
         raise
 
 
-def _read_header(files: StoredFiles) -> Header:
+def _cipher_keys(files: SealedFiles, password: Secret) -> CipherKeys:
+    """Keys of method gocryptfs, whose KEK comes from the cipher directory (spec-gocryptfs §5)."""
+    from cai.model.gocryptfs.keys import unlock_directory
+
+    return unlock_directory(files, password)
+
+
+def _read_header(files: SealedFiles) -> Header:
     return Header.parse(files.read(HEADER_FILE, limit=MAX_HEADER_FILE))
 
 
-def _read_manifest(files: StoredFiles, header: Header, key: bytes) -> bytes:
+def _read_manifest(files: SealedFiles, header: Header, key: bytes) -> bytes:
     reader = ObjectReader(files, MANIFEST_FILE, header.manifest, header.manifest_digest, key)
     try:
         padded = bytearray(header.manifest.size)

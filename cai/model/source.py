@@ -18,15 +18,19 @@ from cai.errors import (
     from_os_error,
 )
 from cai.model.layout import MAX_ENTRIES
-from cai.model.paths import check_links, path_fault, target_fault
+from cai.model.paths import check_links, name_bytes, path_fault, target_fault
 from cai.model.tree import Entry, EntryType
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _READ = 1024 * 1024
 
 
-def scan(directory: Path) -> list[Entry]:
+def scan(directory: Path, *, any_bytes: bool = False) -> list[Entry]:
     """Every path below a directory, sorted by its bytes; files without their digests.
+
+    Args:
+        directory: the tree's root.
+        any_bytes: names need not be UTF-8; those that are not hold surrogate escapes.
 
     Raises:
         InputMissing: the directory does not exist.
@@ -42,7 +46,7 @@ def scan(directory: Path) -> list[Entry]:
         folder = waiting.pop()
         try:
             with os.scandir(directory / folder) as items:
-                found = [_entry(folder, item) for item in items]
+                found = [_entry(folder, item, any_bytes=any_bytes) for item in items]
         except OSError as error:
             raise from_os_error(error, f"read {_shown(directory / folder)}") from error
         waiting.extend(entry.path for entry in found if entry.type is EntryType.DIRECTORY)
@@ -50,13 +54,14 @@ def scan(directory: Path) -> list[Entry]:
         if len(entries) > MAX_ENTRIES:
             raise LimitExceeded(f"{directory} holds more than {MAX_ENTRIES} files and folders")
     try:
-        check_links({e.path: e.target for e in entries if e.type is EntryType.SYMLINK})
+        links = {e.path: e.target for e in entries if e.type is EntryType.SYMLINK}
+        check_links(links, any_bytes=any_bytes)
     except FormatError as error:
         raise InputError(
             f"{directory}: {error.message}",
             hint="a sealed model holds only links inside itself; copy with 'cp -rL'",
         ) from error
-    return sorted(entries, key=lambda entry: entry.path.encode("utf-8"))
+    return sorted(entries, key=lambda entry: name_bytes(entry.path))
 
 
 class SourceFile:
@@ -81,6 +86,16 @@ class SourceFile:
         if not stat.S_ISREG(self._seen[0]) or self._seen[1] != entry.size:
             self.close()
             raise self._changed()
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Device, inode, size and times: what tells whether it changed between two runs."""
+        return tuple(str(number) for number in self._seen)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: the same file, however it is opened."""
+        return self._seen[3], self._seen[2]
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """Fill the whole view from ``offset``.
@@ -189,9 +204,9 @@ def require_directory(directory: Path) -> None:
         )
 
 
-def _entry(folder: str, item: os.DirEntry[str]) -> Entry:
+def _entry(folder: str, item: os.DirEntry[str], *, any_bytes: bool) -> Entry:
     path = f"{folder}/{item.name}" if folder else item.name
-    fault = path_fault(path)
+    fault = path_fault(path, any_bytes=any_bytes)
     if fault:
         raise InputError(f"{_shown(Path(item.path))}: its name is {fault}", hint="rename it")
     found = item.stat(follow_symlinks=False)
@@ -202,13 +217,13 @@ def _entry(folder: str, item: os.DirEntry[str]) -> Entry:
         return Entry(path, EntryType.FILE, found.st_size, mode)
     if stat.S_ISLNK(found.st_mode):
         target = os.readlink(item.path)  # noqa: PTH115 - pathlib would normalise the target
-        fault = target_fault(target)
+        fault = target_fault(target, any_bytes=any_bytes)
         if fault:
             raise InputError(
                 f"symbolic link {item.path}: {fault}",
                 hint="a sealed model holds only links inside itself; copy with 'cp -rL'",
             )
-        return Entry(path, EntryType.SYMLINK, len(target.encode("utf-8")), 0o777, target)
+        return Entry(path, EntryType.SYMLINK, len(name_bytes(target)), 0o777, target)
     raise InputError(
         f"{item.path} is a device, socket or pipe", hint="a model holds files, folders and links"
     )

@@ -1,15 +1,21 @@
 """Output that appears whole or not at all: built beside its place, then renamed (spec-format §9).
 
-Everything is made in ``OUT.partial-<random>``, mode 0700. Any failure, Ctrl-C or SIGTERM removes
-it; a crash or a power cut leaves a name that no reader takes for a model.
+Everything is made in ``OUT.partial-<random>``, mode 0700, which its maker holds locked. Any
+failure, Ctrl-C or SIGTERM removes it; a crash or a power cut leaves a name that no reader takes for
+a model, and that the next run for the same output takes up or clears away: the lock of a dead
+process is free.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cai.errors import CaiError, InputError, InputMissing, StorageError, UsageError, from_os_error
@@ -21,33 +27,43 @@ class Stage:
     Args:
         out: where it shall appear; missing, or an empty directory.
         mode: its permission bits in the end.
+        adopt: asked for each directory that a dead run for the same output left behind, whether it
+            can be gone on with; without it, and when it says no, that directory is removed.
 
     Attributes:
         path: where to write meanwhile.
+        adopted: it is what a dead run left.
 
     Raises:
         UsageError: ``out`` is there already and is not an empty directory.
         StorageError, NoSpace: the place cannot be written.
     """
 
-    def __init__(self, out: Path, *, mode: int = 0o755) -> None:
+    def __init__(
+        self, out: Path, *, mode: int = 0o755, adopt: Callable[[Path], bool] | None = None
+    ) -> None:
         # Not resolved: a last part that is a symbolic link must be seen as one.
         self.out = out.parent.resolve() / out.name
         self._shown = out
         self._mode = mode
         self._committed = False
         refuse_occupied(self.out)
+        self.adopted = False
         try:
-            made = tempfile.mkdtemp(prefix=f"{self.out.name}.partial-", dir=self.out.parent)
+            found = _take_up(self.out, adopt)
+            self.adopted = found is not None
+            self.path, self._lock = found or locked_directory(self.out)
         except OSError as error:
             raise output_error(error, f"create {out}") from error
-        self.path = Path(made)
 
-    def commit(self, *, folders_synced: bool = False) -> None:
+    def commit(
+        self, *, folders_synced: bool = False, last: Callable[[], None] | None = None
+    ) -> None:
         """Make every folder durable and let it all appear at its place.
 
         Args:
             folders_synced: the caller has synced all folders below, and perhaps closed them.
+            last: called when nothing but the renaming is left to do; may raise ``OSError``.
 
         Raises:
             StorageError, NoSpace, UsageError: it could not; nothing has appeared.
@@ -59,6 +75,8 @@ class Stage:
             sync_directory(self.path)
             self.path.chmod(self._mode)
             refuse_occupied(self.out)
+            if last is not None:
+                last()
             self.path.rename(self.out)
         except OSError as error:
             raise output_error(error, f"create {self._shown}") from error
@@ -74,6 +92,72 @@ class Stage:
     def __exit__(self, *_exception: object) -> None:
         if not self._committed:
             remove_tree(self.path)
+        os.close(self._lock)
+
+
+def locked_directory(out: Path) -> tuple[Path, int]:
+    """A new directory ``OUT.partial-<random>`` and the descriptor that holds it locked.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+        handle = _locked(path)
+        if handle is not None:
+            return path, handle
+        # Somebody who clears away took it for a dead run's, between the two calls.
+
+
+def leftovers(out: Path) -> Iterator[tuple[Path, int]]:
+    """What dead runs for this output left: each directory, locked; the caller closes it.
+
+    A folder that cannot be listed may still be written to: nothing is found in it.
+    """
+    pattern = re.compile(re.escape(out.name) + r"\.partial-[a-z0-9_]{8}")
+    try:
+        paths = sorted(out.parent.iterdir())
+    except OSError:
+        return
+    for path in paths:
+        if pattern.fullmatch(path.name):
+            with suppress(OSError):
+                handle = _locked(path)
+                if handle is not None:
+                    yield path, handle
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that locks the directory; ``None`` when another process does, or it is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        with suppress(FileNotFoundError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, there = os.fstat(handle), path.lstat()
+            if held.st_uid == os.geteuid() and os.path.samestat(held, there):
+                return handle
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def _take_up(out: Path, adopt: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
+    """The first leftover that can be gone on with; removes all others."""
+    taken: tuple[Path, int] | None = None
+    for path, handle in leftovers(out):
+        if taken is None and adopt is not None and adopt(path):
+            taken = path, handle
+        else:
+            remove_tree(path)
+            os.close(handle)
+    return taken
 
 
 def refuse_occupied(out: Path) -> None:

@@ -8,6 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from cai.errors import Tampered, UsageError
+from cai.model.gocryptfs.model import CipherModel
+from cai.model.gocryptfs.unsealing import unseal_gocryptfs
 from cai.model.lanes import Lanes, opened
 from cai.model.layout import MANIFEST_FILE
 from cai.model.manifest import Inline, Stored
@@ -35,8 +37,11 @@ def unseal(
         Tampered: something is not what was sealed; nothing has appeared.
         StorageError, NoSpace: the file system refused.
     """
-    sealed = model.files.directory.resolve()
-    if sealed in (out.parent.resolve() / out.name, *(out.parent.resolve() / out.name).parents):
+    if isinstance(model, CipherModel):
+        return unseal_gocryptfs(model, out, workers=workers, progress=progress)
+    place = out.parent.resolve() / out.name
+    sealed = model.files.directory
+    if sealed is not None and sealed.resolve() in (place, *place.parents):
         raise UsageError(f"the output {out} is inside the sealed model {sealed}")
     entries = list(model.entries.values())
     total = sum(entry.size for entry in entries if entry.type is EntryType.FILE)

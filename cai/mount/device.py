@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import struct
@@ -24,6 +25,9 @@ TMPFS_SOURCE = "cai-model"
 
 READ_AHEAD_KIB = 4096
 """Read-ahead of the mount, KiB. The kernel starts a FUSE mount at 128, which halves the speed."""
+
+PASSTHROUGH_SINCE = (6, 9)
+"""Linux version that brought pass-through."""
 
 FUSERMOUNT_SECONDS = 10
 """How long ``fusermount3`` may take."""
@@ -51,6 +55,17 @@ def why_unusable() -> str | None:
         return f"{DEVICE}: {error.strerror}"
     if not system.is_administrator() and shutil.which("fusermount3") is None:
         return "mounting needs root, or fusermount3 (Debian package fuse3)"
+    return None
+
+
+def why_no_passthrough() -> str | None:
+    """Why FUSE pass-through cannot be used here, as far as is known before a mount, or ``None``."""
+    if not system.is_administrator():
+        return "pass-through needs root (CAP_SYS_ADMIN)"
+    release = os.uname().release
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < PASSTHROUGH_SINCE:
+        return f"pass-through needs Linux 6.9, this is {release}"
     return None
 
 

@@ -14,6 +14,7 @@ class Kind(StrEnum):
 
     AUTO = "auto"
     FUSE = "fuse"
+    PASSTHROUGH = "passthrough"
     TMPFS = "tmpfs"
 
 
@@ -22,7 +23,7 @@ class Mount(ABC):
 
     Attributes:
         mount_point: absolute path, without symlinks.
-        kind: ``Kind.FUSE`` or ``Kind.TMPFS``.
+        kind: any but ``Kind.AUTO``.
         reason: why this kind, when it was chosen and not asked for; else empty.
     """
 

@@ -37,7 +37,8 @@ def prepare(mount_point: Path) -> Path:
             f"mount point {mount_point} does not exist", hint=f"mkdir {mount_point}"
         ) from error
     except OSError as error:
-        if error.errno == errno.ENOTCONN and device.ours(mounted):
+        # The second is what a call gets that was under way when the server died.
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) and device.ours(mounted):
             log.warning("%s: clearing away the mount of a server that was killed", path)
             device.detach(path, lazily=True)
             return prepare(mount_point)

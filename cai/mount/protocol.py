@@ -71,6 +71,14 @@ WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47})
 link, write, setxattr, removexattr, create, fallocate, rename2, copy_file_range."""
 
 
+class OpenFlag(IntFlag):
+    """How the kernel treats an open file."""
+
+    KEEP_CACHE = 1 << 1
+    NOFLUSH = 1 << 5
+    PASSTHROUGH = 1 << 7
+
+
 class InitFlag(IntFlag):
     """Capabilities that are asked for when the kernel offers them."""
 
@@ -86,6 +94,14 @@ class InitFlag(IntFlag):
 
 
 WANTED = InitFlag(sum(InitFlag))
+INIT_EXT = 1 << 30
+"""Flag that both sides set when the upper 32 flags are used."""
+
+PASSTHROUGH = 1 << 5
+"""Upper flag: reads may go straight to another file (Linux 6.9), bit 37 of all."""
+
+STACK_DEPTH = 1
+"""File systems under this one, at most, as pass-through needs it: tmpfs has none below it."""
 REQUIRED = InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT | InitFlag.MAX_PAGES
 """Without open requests there is no handle that only one of several workers would know."""
 
@@ -96,9 +112,12 @@ _ENTRY = struct.Struct("=4Q2I")
 _ATTR_OUT = struct.Struct("=QII")
 _STATFS = struct.Struct("=5Q4I24x")
 _INIT_IN = struct.Struct("=4I")
+_FLAGS_IN = struct.Struct("=II")
 _INIT_OUT = struct.Struct("=4I2H2I2H2I24x")
 _READ_IN = struct.Struct("=QQI")
 _DIRENT = struct.Struct("=QQII")
+_OPEN_OUT = struct.Struct("=QIi")
+_HANDLE_IN = struct.Struct("=Q")
 
 IN_HEADER_SIZE = _IN_HEADER.size
 OUT_HEADER_SIZE = _OUT_HEADER.size
@@ -164,6 +183,18 @@ def read_arguments(buffer: memoryview) -> tuple[int, int]:
     return offset, min(size, MAX_READ)
 
 
+def release_handle(buffer: memoryview) -> int:
+    """The handle that a RELEASE gives back.
+
+    Raises:
+        FormatError: too short.
+    """
+    if len(buffer) < IN_HEADER_SIZE + _HANDLE_IN.size:
+        raise FormatError("FUSE release request cut short")
+    handle: int = _HANDLE_IN.unpack_from(buffer, IN_HEADER_SIZE)[0]
+    return handle
+
+
 def lookup_name(buffer: memoryview) -> bytes:
     """The name in a LOOKUP, without its final zero byte.
 
@@ -186,12 +217,23 @@ def refusal(unique: int, error: int) -> bytes:
     return _OUT_HEADER.pack(OUT_HEADER_SIZE, -error, unique)
 
 
-def init_answer(buffer: memoryview, page_size: int) -> bytes | None:
+def offers_passthrough(buffer: memoryview) -> bool:
+    """Whether the kernel that sent this INIT request knows pass-through."""
+    if len(buffer) < IN_HEADER_SIZE + _INIT_IN.size + 4:
+        return False
+    flags, upper = _FLAGS_IN.unpack_from(buffer, IN_HEADER_SIZE + 12)
+    return bool(flags & INIT_EXT and upper & PASSTHROUGH)
+
+
+def init_answer(
+    buffer: memoryview, page_size: int, *, passthrough: bool = False
+) -> bytes | None:
     """Agree with the kernel on version and capabilities.
 
     Args:
         buffer: the INIT request.
         page_size: the machine's page size, bytes.
+        passthrough: ask for pass-through, which the kernel must have offered.
 
     Returns:
         Payload of the answer, or ``None`` when the kernel speaks a newer major version: then the
@@ -210,15 +252,29 @@ def init_answer(buffer: memoryview, page_size: int) -> bytes | None:
             f"the kernel speaks FUSE {major}.{minor}, this needs {MAJOR}.{MINOR} (Linux 5.4)",
             hint="use --kind tmpfs",
         )
+    upper, depth = (PASSTHROUGH, STACK_DEPTH) if passthrough else (0, 0)
     return _INIT_OUT.pack(
-        MAJOR, MINOR, read_ahead, offered & WANTED, MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4,
-        MAX_WRITE, 1, MAX_READ // page_size, 0, 0, 0,
+        MAJOR, MINOR, read_ahead, offered & WANTED | (INIT_EXT if passthrough else 0),
+        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // page_size, 0,
+        upper, depth,
     )  # fmt: skip
 
 
 def older_version() -> bytes:
     """Payload that asks a newer kernel to speak our major version."""
     return _INIT_OUT.pack(MAJOR, MINOR, *(0,) * 10)
+
+
+def open_answer(handle: int, backing: int | None) -> bytes:
+    """The 16 bytes of ``struct fuse_open_out``.
+
+    Args:
+        handle: number that RELEASE will name.
+        backing: the kernel's number of the file that reads go to, or ``None`` when they come here.
+    """
+    if backing is None:
+        return _OPEN_OUT.pack(handle, OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH, 0)
+    return _OPEN_OUT.pack(handle, OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH, backing)
 
 
 def entry_answer(attributes: Attributes) -> bytes:

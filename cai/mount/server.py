@@ -6,6 +6,7 @@ failures and anything unexpected are EIO, so a reader gets authentic bytes or no
 
 There are no file handles: OPEN and OPENDIR are answered ENOSYS, which the protocol defines as
 "not needed". So any worker can answer any request, and the page cache is kept between opens.
+With pass-through there are: ``ThroughDispatcher`` answers OPEN once the file has been decrypted.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from cai.errors import CaiError, FormatError, InputMissing, Tampered
 from cai.model.tree import FileReader, ModelTree
 from cai.mount import protocol
 from cai.mount.index import Node, TreeIndex
 from cai.mount.protocol import Opcode
+from cai.mount.vault import SMALL, Vault
 from cai.mount.window import Window
 
 MAX_OPEN_READERS = 32
 """Readers that one worker keeps open; the one unused for longest is closed for the next."""
+
+MAX_OPENERS = 16
+"""Files that may be waiting to be decrypted before the next open has to queue."""
 
 MAX_REPORTED = 1024
 """Damaged places that one worker remembers, so that each is logged once."""
@@ -81,8 +87,19 @@ class Dispatcher:
             return None
         if opcode in protocol.UNANSWERED:
             return None
+        return self._answered(unique, ino, opcode, lambda: self._dispatch(opcode, ino, buffer))
+
+    def close(self) -> None:
+        """Close every reader."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+    def _answered(
+        self, unique: int, ino: int, opcode: int, work: Callable[[], Buffer]
+    ) -> Sequence[Buffer]:
+        """What ``work`` gives as an answer, or its error as one."""
         try:
-            payload = self._dispatch(opcode, ino, buffer)
+            payload = work()
         except _Errno as error:
             return [protocol.refusal(unique, error.number)]
         except CaiError as error:
@@ -93,11 +110,6 @@ class Dispatcher:
             log.exception("request %d failed", opcode)
             return [protocol.refusal(unique, errno.EIO)]
         return [protocol.answer(unique, len(payload)), payload]
-
-    def close(self) -> None:
-        """Close every reader."""
-        while self._readers:
-            self._readers.popitem()[1].close()
 
     def _dispatch(self, opcode: int, ino: int, buffer: memoryview) -> Buffer:
         handler = self._handlers.get(opcode)
@@ -156,6 +168,63 @@ class Dispatcher:
             log.error("%s", line)
 
 
+class ThroughDispatcher(Dispatcher):
+    """Answers requests of a mount with pass-through; its opens are answered by other threads.
+
+    Args:
+        tree: the opened model.
+        index: its inodes.
+        vault: the decrypted files.
+        reply: gives an answer to the kernel; called from any thread.
+    """
+
+    def __init__(
+        self, tree: ModelTree, index: TreeIndex, vault: Vault,
+        reply: Callable[[Sequence[Buffer]], object],
+    ) -> None:  # fmt: skip
+        super().__init__(tree, index)
+        self._vault = vault
+        self._reply = reply
+        self._openers = ThreadPoolExecutor(MAX_OPENERS, thread_name_prefix="cai-open")
+        self._handlers[Opcode.RELEASE] = self._release
+
+    def answer(self, buffer: memoryview) -> Sequence[Buffer] | None:
+        """As ``Dispatcher.answer``; an OPEN that takes long is answered later."""
+        try:
+            opcode, unique, ino = protocol.request(buffer)
+        except FormatError:
+            return super().answer(buffer)
+        if opcode != Opcode.OPEN:
+            return super().answer(buffer)
+
+        def work() -> Sequence[Buffer]:
+            return self._answered(unique, ino, opcode, lambda: self._open(ino))
+
+        node = self._index.node(ino)
+        if node is None or node.attributes.size <= SMALL:
+            return work()
+        self._openers.submit(self._later, work)
+        return None
+
+    def _later(self, work: Callable[[], Sequence[Buffer]]) -> None:
+        try:
+            self._reply(work())
+        except Exception:
+            log.exception("an open could not be answered")
+
+    def _open(self, ino: int) -> bytes:
+        node = self._index.node(ino)
+        if node is None:
+            raise _Errno(errno.ESTALE)
+        if not node.is_file:
+            raise _Errno(errno.EISDIR if node.is_directory else errno.EINVAL)
+        return protocol.open_answer(*self._vault.open(node))
+
+    def _release(self, _node: Node, buffer: memoryview) -> bytes:
+        self._vault.release(protocol.release_handle(buffer))
+        return b""
+
+
 def serve(device: int, dispatcher: Dispatcher) -> None:
     """Answer requests until the file system is unmounted.
 
@@ -178,13 +247,22 @@ def serve(device: int, dispatcher: Dispatcher) -> None:
                 continue
             raise
         answer = dispatcher.answer(space[:length])
-        if answer is None:
-            continue
-        try:
-            os.writev(device, answer)
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                return
-            # The caller was killed meanwhile, nobody waits for the answer.
-            if error.errno != errno.ENOENT:
-                raise
+        if answer is not None and not send(device, answer):
+            return
+
+
+def send(device: int, answer: Sequence[Buffer]) -> bool:
+    """Give an answer to the kernel; false when the file system was unmounted.
+
+    Raises:
+        OSError: the device failed otherwise.
+    """
+    try:
+        os.writev(device, answer)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return False
+        # The caller was killed meanwhile, nobody waits for the answer.
+        if error.errno != errno.ENOENT:
+            raise
+    return True

@@ -24,7 +24,8 @@ from cai.errors import CaiError
 from cai.model.tree import ModelTree
 from cai.mount import device, system
 from cai.mount.index import TreeIndex
-from cai.mount.server import Dispatcher, serve
+from cai.mount.server import Dispatcher, ThroughDispatcher, send, serve
+from cai.mount.vault import Vault
 
 log = logging.getLogger("cai.mount")
 
@@ -44,6 +45,7 @@ class Post:
         life: reading end of the pipe whose end of file says that the parent is gone.
         mount_point: to be cleared by the first worker when the parent was killed.
         device_number: of the mounted file system.
+        area: memory for decrypted files, when reads pass through.
     """
 
     tree: ModelTree
@@ -52,6 +54,7 @@ class Post:
     life: int
     mount_point: Path
     device_number: str
+    area: system.DetachedMount | None = None
 
 
 def start(post: Post, *, first: bool) -> int:
@@ -88,13 +91,20 @@ def _run(post: Post, *, first: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()
-    _let_go(keep={post.descriptor, post.life})
+    area = post.area
+    _let_go(keep={post.descriptor, post.life, *([area.descriptor] if area else ())})
     descriptor = device.clone(post.descriptor)
     if descriptor != post.descriptor:
         os.close(post.descriptor)
     system.forbid_core_dumps()
     threading.Thread(target=_end_with_parent, args=(post, first), daemon=True).start()
-    serve(descriptor, Dispatcher(post.tree, post.index))
+    dispatcher = Dispatcher(post.tree, post.index)
+    if area is not None:
+        vault = Vault(post.tree, descriptor, area)
+        dispatcher = ThroughDispatcher(
+            post.tree, post.index, vault, lambda answer: send(descriptor, answer)
+        )
+    serve(descriptor, dispatcher)
 
 
 def _let_go(keep: set[int]) -> None:

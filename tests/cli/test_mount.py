@@ -26,7 +26,11 @@ fuse = [
 administrator = pytest.mark.skipif(
     not system.is_administrator(), reason="mounting a tmpfs needs CAP_SYS_ADMIN"
 )
+passes = pytest.mark.skipif(
+    device.why_no_passthrough() is not None, reason=f"{device.why_no_passthrough()}"
+)
 KINDS = [pytest.param("fuse", marks=fuse), pytest.param("tmpfs", marks=administrator)]
+KINDS.append(pytest.param("passthrough", marks=[*fuse, passes]))
 BIG = os.urandom(500_000)
 
 
@@ -193,6 +197,23 @@ def test_foreground_ends_when_another_unmounts(folder: Path, kind: str) -> None:
         process.stdout.readline()
         system.unmount(folder / "mnt")
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_choice_is_told_with_its_reason(folder: Path, *, background: bool) -> None:
+    if OBSTACLE and not system.is_administrator():
+        pytest.skip(OBSTACLE)
+    done = subprocess.Popen(
+        command(folder, "--json", *([] if background else ["--foreground"])),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with done:
+        assert done.stdout is not None
+        facts = json.loads(done.stdout.readline())
+        assert facts["kind"] in ("fuse", "passthrough", "tmpfs")
+        assert facts["reason"]
+        assert (folder / "mnt" / "big").read_bytes() == BIG
+        done.terminate()
 
 
 @pytest.mark.parametrize("kind", [KINDS[0]])

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cai.errors import StorageError, UsageError
-from cai.mount import Kind, device, mount, place, system, unmount
+from cai.mount import Kind, device, fuse, mount, place, system, unmount
 from cai.mount.fuse import FuseMount
 from tests.mount.fake_tree import CHUNK, FakeTree
 
@@ -220,14 +220,67 @@ def test_mounting_twice_is_refused(fuse_point: Path) -> None:
         assert (fuse_point / "one").read_bytes() == b"x"
 
 
-def test_a_killed_worker_ends_the_mount_and_hangs_nobody(fuse_point: Path) -> None:
+def replaced(mounted: FuseMount, number: int, pid: int) -> bool:
+    """Whether a worker was lost and another one is in its place."""
+    return eventually(lambda: mounted.pids[number] != pid and running(mounted.pids[number]))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_killed_worker_is_replaced(fuse_point: Path, number: int) -> None:
+    with mount(FakeTree(CONTENT), fuse_point, kind="fuse") as mounted:
+        assert isinstance(mounted, FuseMount)
+        lost = mounted.pids[number]
+        os.kill(lost, signal.SIGKILL)
+        assert replaced(mounted, number, lost)
+        assert (fuse_point / "a/b/big").read_bytes() == BIG
+        assert not mounted.wait(0)
+        other = mounted.pids[1 - number]
+        os.kill(other, signal.SIGKILL)
+        assert replaced(mounted, 1 - number, other)
+        assert (fuse_point / "many/0007").read_bytes() == b"7"
+        pids = list(mounted.pids)
+    assert not any(running(pid) for pid in pids)
+
+
+def test_workers_that_keep_failing_end_the_mount_and_hang_nobody(
+    fuse_point: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse, "RESPAWNS", 1)
     mounted = mount(FakeTree(CONTENT), fuse_point, kind="fuse")
     assert isinstance(mounted, FuseMount)
+    lost = mounted.pids[1]
+    os.kill(lost, signal.SIGKILL)
+    assert replaced(mounted, 1, lost)
     os.kill(mounted.pids[1], signal.SIGKILL)
     with pytest.raises(StorageError, match="killed or failed"):
         mounted.wait(10)
     assert system.mounted_at(place.resolve(fuse_point)) is None
     mounted.unmount()
+
+
+def test_a_replacement_also_ends_with_a_killed_parent(fuse_point: Path) -> None:
+    server, workers = started_server(fuse_point)
+    os.kill(workers[0], signal.SIGKILL)
+    with server:
+        assert eventually(lambda: len(children(server.pid) - set(workers)) == 1)
+        workers = list(children(server.pid))
+        server.kill()
+    assert eventually(lambda: not any(running(pid) for pid in workers))
+    assert eventually(lambda: system.mounted_at(place.resolve(fuse_point)) is None)
+
+
+def children(pid: int) -> set[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    listed = "".join(path.read_text() for path in found.parent.parent.glob("*/children"))
+    return {int(child) for child in listed.split()}
+
+
+def is_dead(point: Path) -> bool:
+    try:
+        point.stat()
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
 
 
 SERVE = """
@@ -264,7 +317,7 @@ def test_a_dead_mount_is_cleared_by_the_next(fuse_point: Path) -> None:
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         server.kill()
-    assert eventually(lambda: not any(running(pid) for pid in workers))
+    assert eventually(lambda: is_dead(fuse_point))
     with fails(errno.ENOTCONN):
         list(fuse_point.iterdir())
     with mount(FakeTree(CONTENT), fuse_point, kind="fuse"):
@@ -279,7 +332,7 @@ def test_unmount_clears_a_dead_mount(fuse_point: Path) -> None:
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         server.kill()
-    assert eventually(lambda: not any(running(pid) for pid in workers))
+    assert eventually(lambda: is_dead(fuse_point))
     unmount(fuse_point)
     assert not list(fuse_point.iterdir())
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from cai.errors import NoSpace, StorageError, Tampered, UsageError
-from cai.mount import Kind, mount, place, system, tmpfs, unmount
-from cai.mount.tmpfs import memory_available
+from cai.mount import Kind, memory, mount, place, pour, system, unmount
 from tests.mount.fake_tree import FakeTree
 from tests.mount.test_fuse import CONTENT, fails, write_out
 
-BIG = os.urandom(2 * tmpfs.PIECE + 4097)
+BIG = os.urandom(2 * pour.PIECE + 4097)
 TREE = {**CONTENT, "bigger": BIG}
 
 
@@ -92,7 +91,7 @@ def test_too_little_memory_is_said_first(
     tmpfs_point: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = FakeTree(TREE)
-    monkeypatch.setattr(tmpfs, "memory_available", lambda: tmpfs.RESERVE + len(BIG))
+    monkeypatch.setattr(memory, "available", lambda: memory.RESERVE + len(BIG))
     with pytest.raises(NoSpace, match="MiB of memory") as caught:
         mount(tree, tmpfs_point, kind="tmpfs")
     assert "--kind fuse" in (caught.value.hint or "")
@@ -100,7 +99,7 @@ def test_too_little_memory_is_said_first(
 
 
 def test_a_full_tmpfs_is_no_space(tmpfs_point: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tmpfs, "INODE_COST", -4000)
+    monkeypatch.setattr(memory, "INODE_COST", -4000)
     with pytest.raises(NoSpace):
         mount(FakeTree(TREE), tmpfs_point, kind="tmpfs")
     assert system.mounted_at(place.resolve(tmpfs_point)) is None
@@ -117,10 +116,10 @@ def test_swap_that_cannot_be_kept_out_is_refused(
         configure(context, name, value)
 
     monkeypatch.setattr(system, "_configure", without_noswap)
-    monkeypatch.setattr(tmpfs, "_swap_is_on", lambda: True)
+    monkeypatch.setattr(memory, "swap_is_on", lambda: True)
     with pytest.raises(StorageError, match="swap"):
         mount(FakeTree(TREE), tmpfs_point, kind="tmpfs")
-    monkeypatch.setattr(tmpfs, "_swap_is_on", lambda: False)
+    monkeypatch.setattr(memory, "swap_is_on", lambda: False)
     with mount(FakeTree(TREE), tmpfs_point, kind="tmpfs"):
         assert (tmpfs_point / "one").read_bytes() == b"x"
 
@@ -173,6 +172,6 @@ def test_another_owner(tmpfs_point: Path) -> None:
 
 
 def test_available_memory_is_plausible() -> None:
-    available = memory_available()
+    available = memory.available()
     assert available is not None
     assert 1 << 20 < available < 1 << 50

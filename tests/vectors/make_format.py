@@ -22,7 +22,9 @@ from cai.model.content import content_root, leaf_data
 from cai.model.derive import file_key
 from cai.model.lanes import Lanes
 from cai.model.object import OBJECT_HEADER_SIZE, Shape
+from cai.model.padding import padded_size
 from cai.model.record import public_key_hex
+from cai.model.signature import sign_root
 from cai.model.tree import Entry, EntryType
 from cai.model.writer import write_object
 from cai.secret import Secret
@@ -147,6 +149,21 @@ def record_vector() -> dict[str, Any]:
         lease=Lease(600, 60),
     )
     return {"owner_private_key": OWNER.hex(), "record": record.sign(owner).decode()}
+
+
+def signature_vector() -> dict[str, Any]:
+    """The owner's signature over a model root."""
+    owner = Ed25519PrivateKey.from_private_bytes(OWNER)
+    return {
+        "owner_private_key": OWNER.hex(), "model_root": "44" * 32,
+        "manifest.sig": sign_root("44" * 32, owner).decode(),
+    }
+
+
+def padding_vector() -> dict[str, Any]:
+    """Sizes and what they are padded to."""
+    sizes = [65_537, 100_000, 2**20, 2**20 + 1, 5_368_709_121, 2**40 - 1, 2**40]
+    return {"sizes": [[size, padded_size(size)] for size in sizes]}
 
 
 def content_vector() -> dict[str, Any]:
@@ -308,6 +325,8 @@ def build(work: Path) -> dict[str, dict[str, Any]]:
         "sealed.json": lambda: sealed_vector(work),
         "record.json": record_vector,
         "content.json": content_vector,
+        "signature.json": signature_vector,
+        "padding.json": padding_vector,
         "failures.json": failure_vectors,
         "manifests.json": manifest_failures,
     }

@@ -1,0 +1,115 @@
+"""Whole files into memory, by threads and by processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cai.errors import InputMissing, NoSpace, StorageError, Tampered
+from cai.mount import memory, pour
+from cai.mount.pour import PIECE, Pourer
+from tests.mount.fake_tree import FakeReader, FakeTree
+
+BIG = os.urandom(5 * PIECE + 4097)
+
+
+@pytest.fixture(params=["threads", "processes"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "processes":
+        monkeypatch.setattr(pour, "LARGE_CHUNK", 1 << 30)
+        monkeypatch.setattr(pour, "WORTH_PROCESSES", 0)
+    return str(request.param)
+
+
+def poured(tree: FakeTree, tmp_path: Path, path: str = "big") -> tuple[bytes, int]:
+    done: list[int] = []
+    with Pourer(tree, done.append) as pourer, (tmp_path / "out").open("w+b") as out:
+        pourer.pour(tree.entries[path], out.fileno())
+        return out.read(), sum(done)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, len(BIG)])
+def test_the_whole_file(how: str, tmp_path: Path, size: int) -> None:
+    tree = FakeTree({"big": BIG[:size]})
+    assert poured(tree, tmp_path) == (BIG[:size], size)
+    assert tree.readers[0].closed
+    assert not has_children()
+
+
+@pytest.mark.parametrize("chunk", [0, 40, len(BIG) // 65536])
+def test_a_bad_chunk(how: str, tmp_path: Path, chunk: int) -> None:
+    tree = FakeTree({"big": BIG})
+    tree.bad.add(("big", chunk))
+    with pytest.raises(Tampered, match="changed"):
+        poured(tree, tmp_path)
+    assert tree.readers[0].closed
+    assert not has_children()
+
+
+def test_a_short_file_and_a_missing_one(how: str, tmp_path: Path) -> None:
+    tree = FakeTree({"big": BIG})
+    tree.content = {"big": BIG[:-1]}
+    with pytest.raises(Tampered, match="shorter"):
+        poured(tree, tmp_path)
+    tree.gone.add("big")
+    with pytest.raises(InputMissing):
+        poured(tree, tmp_path)
+
+
+def test_full_memory_keeps_its_kind(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_out: int, _piece: memoryview, _offset: int) -> None:
+        raise NoSpace("memory is full", hint="use --kind fuse")
+
+    monkeypatch.setattr(pour, "_write_all", full)
+    with pytest.raises(NoSpace) as caught:
+        poured(FakeTree({"big": BIG}), tmp_path)
+    assert caught.value.hint == "use --kind fuse"
+
+
+def test_a_killed_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.getpid()
+
+    def work(offset: int) -> int:
+        assert os.getpid() != own
+        if offset == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1
+
+    with pytest.raises(StorageError, match="killed"):
+        pour.in_processes(range(8), work, lambda _amount: None)
+    assert not has_children()
+
+
+def test_an_interruption_leaves_no_process(tmp_path: Path) -> None:
+    def interrupt(_amount: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pour.in_processes(range(100_000), lambda _offset: 1, interrupt)
+    assert not has_children()
+
+
+def has_children() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def test_ciphertext_is_let_go_where_memory_is_tight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[int] = []
+    monkeypatch.setattr(
+        FakeReader, "forget", lambda _self, offset, _length: let_go.append(offset), raising=False
+    )
+    for tight in (False, True):
+        monkeypatch.setattr(memory, "is_tight", lambda _size, tight=tight: tight)
+        poured(FakeTree({"big": BIG}), tmp_path)
+        assert sorted(let_go) == (list(range(0, len(BIG), PIECE)) if tight else [])
