@@ -236,6 +236,7 @@ def encrypt_others(bench: Bench) -> None:
         bench.account.restart()
         seconds = run("age", "-r", recipient, "-o", out / "age", bench.plain / FILE)
         bench.note("encrypt/age", bench.size, seconds)
+        (out / "age").unlink()
     if shutil.which("rclone") is None:
         bench.skipped["encrypt/rclone crypt"] = "rclone is not installed"
     else:
