@@ -158,7 +158,7 @@ def test_sizes_of_small_files_do_not_show(tmp_path: Path) -> None:
 def test_small_files_beyond_the_inline_budget_keep_their_size_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cai.model.sealing.INLINE_TOTAL", 10)
+    monkeypatch.setattr("cai.model.sealer.INLINE_TOTAL", 10)
     root = tmp_path / "root"
     root.mkdir()
     (root / "a").write_bytes(b"123456789")
