@@ -158,6 +158,14 @@ def run(*command: str | Path) -> float:
     return seconds
 
 
+def available_memory() -> int:
+    """Bytes that can be taken without swapping (proc(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 @contextlib.contextmanager
 def tmpfs(path: Path, size: int, huge: str) -> Iterator[Path]:
     """A tmpfs on ``path``."""
@@ -446,9 +454,15 @@ def main() -> None:
     options.add_argument("--only", default="", help="names, or beginnings of names, with commas")
     given = options.parse_args()
     size = 4096 * MIB if given.full else given.size * MIB
+    # Source, three sealed copies and one more on the way, and the source again on large pages.
+    needed = 6 * size + 2048 * MIB
+    if needed > available_memory():
+        options.error(
+            f"{needed / MIB / 1024:.0f} GiB of memory are needed, "
+            f"{available_memory() / MIB / 1024:.0f} are available; choose a smaller --size"
+        )
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     load = os.getloadavg()[0]
-    # Source, three sealed copies and one more on the way; each gone before the next is made.
     with tmpfs(folder, 5 * size + 1024 * MIB, "never") as work:
         bench = Bench(work, size, tuple(part for part in given.only.split(",") if part))
         write_model(bench.plain, size)
