@@ -81,7 +81,7 @@ def seal(stage: Stage, act: Act) -> None:
     stage.ports.kbs.give()
     stage.ports.admin.give()
     with tell.waiting("the key broker starts"):
-        parties.start("kbs", broker).wait_document(lambda _value: True)
+        parties.start("kbs", broker).wait_document(lambda value: "listening" in value)
     tell.did(
         "the key broker listens, and denies everything", detail="SQLite, kbs-data/", simulated=True
     )

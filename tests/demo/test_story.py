@@ -19,7 +19,7 @@ from cai.demo import asking, ending, model, recipe, refusals
 from cai.demo.asking import SENTENCES, cosine, similarities
 from cai.demo.model import DemoModel, require_extra
 from cai.demo.parties import Finished, Parties
-from cai.demo.ports import HeldPort
+from cai.demo.ports import HeldPort, Ports
 from cai.demo.stage import MAX_WORK_PATH, Engine, Stage, working_directory
 from cai.demo.telling import SIMULATED, StoryBroken, Teller
 from cai.errors import InputError, InputMissing, StorageError, UsageError
@@ -34,7 +34,10 @@ def teller() -> tuple[Teller, io.StringIO]:
 
 
 def stage(work: Path) -> Stage:
-    return Stage(work, DemoModel(work, "m", "a test"), Engine(), Parties(work), teller()[0])
+    # Any free ports: the usual ones belong to the demo that another test plays meanwhile.
+    ports = Ports(*(HeldPort(0) for _ in range(5)))
+    model = DemoModel(work, "m", "a test")
+    return Stage(work, model, Engine(), Parties(work), teller()[0], ports)
 
 
 # --- telling ------------------------------------------------------------------------------------
