@@ -251,7 +251,7 @@ def report_questions(folder: Folder, entry: Entry) -> Iterator[Question]:
     if "report_and_chain" in expect:
         # Signature and chain are asked; firmware of 2023 does not name its digest.
         yield Question(
-            "-report", lambda: verdict_of(ask_report(folder, entry, without_fwid=True)),
+            "-report", lambda: alone(ask_report(folder, entry, without_fwid=True)),
             {"verdict": expect["report_and_chain"]},
         )  # fmt: skip
     if "rims" in expect:
@@ -260,6 +260,11 @@ def report_questions(folder: Folder, entry: Entry) -> Iterator[Question]:
             "-rims", lambda: ask_rims(folder, entry, wanted["rims"]),
             {name: wanted[name] for name in ("verdict", "compared", "mismatch") if name in wanted},
         )  # fmt: skip
+
+
+def alone(result: GpuResult) -> Answer:
+    """The answer about one device by itself: whether it is part of a whole is not asked."""
+    return {"verdict": "pass" if result.alone(0) else "fail"}
 
 
 def ask_report(
@@ -289,9 +294,9 @@ def ask_rims(folder: Folder, entry: Entry, names: list[str]) -> Answer:
     result = ask_report(folder, entry, rims=tuple(files), without_fwid=True)
     (comparison,) = result.comparisons
     if comparison is None:
-        return verdict_of(result)
+        return alone(result)
     mismatch = [index for index, _source in comparison.mismatches]
-    return {**verdict_of(result), "compared": comparison.compared, "mismatch": mismatch}
+    return {**alone(result), "compared": comparison.compared, "mismatch": mismatch}
 
 
 def whole_questions(folder: Folder, entry: Entry) -> Iterator[Question]:
