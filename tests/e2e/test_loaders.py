@@ -89,6 +89,8 @@ class Sealed:
         finally:
             subprocess.run([*cai, "unmount", "--force", point], cwd=ROOT, check=True)
             assert system.mounted_at(place.resolve(point)) is None
+            # The next test may mount the same model in the same place.
+            point.rmdir()
 
     @property
     def loader_settings(self) -> dict[str, str]:
