@@ -53,7 +53,27 @@ class SealedFiles(Protocol):
         """Close everything but the open files."""
 
 
-class StoredFiles:
+class LocalHandles:
+    """What is done with an open local file, however it was found; a handle is a descriptor."""
+
+    def length(self, handle: int) -> int:
+        """Stored bytes of an open file; ``OSError`` when it cannot be told."""
+        return os.fstat(handle).st_size
+
+    def preadv(self, handle: int, views: list[memoryview], offset: int) -> int:
+        """Fill the views from ``offset``; fewer bytes at the end of the file; ``OSError``."""
+        return os.preadv(handle, views, offset)
+
+    def forget(self, handle: int, offset: int, length: int) -> None:
+        """Tell the kernel that this part is not needed again."""
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def release(self, handle: int) -> None:
+        """Close an open file."""
+        os.close(handle)
+
+
+class StoredFiles(LocalHandles):
     """The directory OUT, held open so that a swapped path changes nothing.
 
     Args:
@@ -107,22 +127,6 @@ class StoredFiles:
             os.close(handle)
             raise Tampered(f"{stored} is not a regular file", path=stored)
         return handle
-
-    def length(self, handle: int) -> int:
-        """Stored bytes of an open file; ``OSError`` when it cannot be told."""
-        return os.fstat(handle).st_size
-
-    def preadv(self, handle: int, views: list[memoryview], offset: int) -> int:
-        """Fill the views from ``offset``; fewer bytes at the end of the file; ``OSError``."""
-        return os.preadv(handle, views, offset)
-
-    def forget(self, handle: int, offset: int, length: int) -> None:
-        """Tell the kernel that this part is not needed again."""
-        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
-
-    def release(self, handle: int) -> None:
-        """Close an open file."""
-        os.close(handle)
 
     def read(self, stored: str, *, limit: int) -> bytes:
         """Read a small stored file whole.

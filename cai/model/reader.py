@@ -11,6 +11,7 @@ import threading
 
 from cai.errors import FormatError, StorageError, Tampered
 from cai.model.files import SealedFiles
+from cai.model.filling import fill
 from cai.model.layout import INLINE_SIZE, TAG_SIZE
 from cai.model.object import ChunkCipher, Shape, object_digest, split_head
 
@@ -93,16 +94,7 @@ class ObjectReader:
             Tampered: some byte of the range does not authenticate; the buffer is zeroed.
             StorageError: the ciphertext cannot be read.
         """
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, min(len(view), self.size - offset))]
-        try:
-            done = 0
-            while done < len(view):
-                done += self._read_some(offset + done, view[done:])
-        except BaseException:
-            view[:] = bytes(len(view))
-            raise
-        return len(view)
+        return fill(buffer, offset, self.size, self._read_some)
 
     def read_chunks(
         self, first: int, count: int, sealed: memoryview, plain: memoryview

@@ -13,6 +13,7 @@ from collections import OrderedDict
 
 from cai.errors import FormatError, StorageError, Tampered
 from cai.model.files import SealedFiles
+from cai.model.filling import fill
 from cai.model.gocryptfs.blocks import (
     BlockCipher,
     block_ivs,
@@ -115,16 +116,7 @@ class BlockReader:
             Tampered: some byte of the range does not authenticate; the buffer is zeroed.
             StorageError: the ciphertext cannot be read.
         """
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, min(len(view), self.size - offset))]
-        try:
-            done = 0
-            while done < len(view):
-                done += self._read_in_group(offset + done, view[done:])
-        except BaseException:
-            view[:] = bytes(len(view))
-            raise
-        return len(view)
+        return fill(buffer, offset, self.size, self._read_in_group)
 
     def read_group(self, group: int, stored: memoryview, plain: memoryview) -> memoryview:
         """Read and decrypt one whole group into the caller's memory.

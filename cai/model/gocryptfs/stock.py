@@ -22,6 +22,7 @@ from cai.errors import (
     Tampered,
     from_os_error,
 )
+from cai.model.files import LocalHandles
 from cai.model.gocryptfs.below import above, open_below
 from cai.model.gocryptfs.blocks import BlockCipher
 from cai.model.gocryptfs.config import Config
@@ -54,7 +55,7 @@ _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 _FILE = os.O_RDONLY | os.O_NONBLOCK
 
 
-class CipherFiles:
+class CipherFiles(LocalHandles):
     """The stored files of a bare cipher directory, held open; paths begin at its root.
 
     Args:
@@ -81,22 +82,6 @@ class CipherFiles:
             os.close(handle)
             raise Tampered(f"{stored} is not a regular file", path=stored)
         return handle
-
-    def length(self, handle: int) -> int:
-        """Stored bytes of an open file."""
-        return os.fstat(handle).st_size
-
-    def preadv(self, handle: int, views: list[memoryview], offset: int) -> int:
-        """Fill the views from ``offset``; fewer bytes at the end of the file."""
-        return os.preadv(handle, views, offset)
-
-    def forget(self, handle: int, offset: int, length: int) -> None:
-        """Tell the kernel that this part is not needed again."""
-        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
-
-    def release(self, handle: int) -> None:
-        """Close an open file."""
-        os.close(handle)
 
     def read(self, stored: str, *, limit: int) -> bytes:
         """A small stored file whole; ``LimitExceeded`` when it is longer."""
