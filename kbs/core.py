@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 
-from kbs.audit import AuditLog, Entry, FailureCount
-from kbs.database import POLICY, RESOURCE
+from kbs.audit.log import AuditLog, Entry, FailureCount
+from kbs.database.tables import POLICY, RESOURCE
 from kbs.instance import Instance
+from kbs.protocol.sessions import SessionStore
 from kbs.rows import SealedRows
-from kbs.sessions import SessionStore
 
 
 class Core:
@@ -34,7 +34,7 @@ class Core:
 
     def record(self, entry: Entry) -> None:
         """Write one audit row in a transaction of its own."""
-        with self.database.write() as connection:
+        with self.database.decide() as connection:
             self.audit.append(connection, entry, self.clock())
 
     def count_failure(self, kind: str) -> None:

@@ -28,10 +28,11 @@ from cai.errors import (
     from_os_error,
 )
 from cai.secret import Secret, read_secret_file, write_secret_file
-from kbs.audit import AuditLog, Entry
-from kbs.database import AUDIT_HEAD, INSTANCE, SCHEMA, SECRET, Database
+from kbs.audit.log import AuditLog, Entry
+from kbs.database.engine import Database
+from kbs.database.tables import AUDIT_HEAD, INSTANCE, SCHEMA, SECRET
+from kbs.keys.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
 from kbs.names import Realm
-from kbs.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
 
 DATABASE_NAME = "kbs.sqlite"
 """The database in the data directory."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Table, delete, insert, select
 
 from cai.errors import Tampered
-from kbs.audit import Change, newest_change
-from kbs.sealing import RowIdentity, Sealer, row_hash
+from kbs.audit.log import Change, newest_change
+from kbs.keys.sealing import RowIdentity, Sealer, row_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kbs.service import ServeSettings, open_broker
+from kbs.server.service import ServeSettings, open_broker
 from tests.kbs.world import Clock, Site, Visitor
 
 if TYPE_CHECKING:

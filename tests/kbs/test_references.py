@@ -13,7 +13,7 @@ import pytest
 
 from cai.attest.policy import policy_for
 from cai.errors import InputMissing
-from kbs.service import open_broker
+from kbs.server.service import open_broker
 from tests.kbs.world import RELEASE_REGO, SECRET_TEXT, URI, Clock, Site, Visitor
 
 if TYPE_CHECKING:

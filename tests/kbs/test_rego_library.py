@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from cai.errors import CaiError
-from kbs import rego_library
-from kbs.rego_library import empty_library, load_rego
+from kbs.policy import rego_library
+from kbs.policy.rego_library import empty_library, load_rego
 
 
 def test_the_engine_loads_and_evaluates() -> None:
@@ -22,7 +22,7 @@ def test_the_engine_loads_and_evaluates() -> None:
 
 NAMED = """
 import ctypes
-from kbs import rego_library
+from kbs.policy import rego_library
 
 rego_library._SONAME = b"libnobody-has-this.so.1"
 rego_library._load_empty_library()

@@ -14,9 +14,9 @@ from cai.attest.anchors import vendor_anchors
 from cai.errors import CaiError, InputMissing, SettingError, StorageError, Tampered, WrongKey
 from cai.secret import Secret
 from kbs.instance import default_kek, open_instance
+from kbs.keys.sealing import RowIdentity, Sealer
 from kbs.names import Realm
-from kbs.sealing import RowIdentity, Sealer
-from kbs.service import ServeSettings, open_broker
+from kbs.server.service import ServeSettings, open_broker
 from tests.kbs.world import SECRET_TEXT, URI, Site, Visitor
 
 ME = RowIdentity("a" * 32, "production", "resource", "a/b/c", 1)
@@ -151,7 +151,7 @@ def test_an_invented_row_is_detected(allowed: Site, visitor: Visitor) -> None:
 def test_facts_given_to_another_session_are_detected(allowed: Site, visitor: Visitor) -> None:
     _, good = visitor.attested(allowed)
     _, cookie = visitor.but(image="other").attested(allowed)
-    from kbs.sessions import session_ref
+    from kbs.protocol.sessions import session_ref
 
     edit(
         allowed,

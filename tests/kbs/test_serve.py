@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from cai.errors import ListenerFailed, UsageError
-from kbs.service import bind, parse_address, require_loopback
+from kbs.server.service import bind, parse_address, require_loopback
 from tests.kbs.world import SECRET_TEXT, URI, Visitor
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cai.attest.jwk import b64u_decode
-from kbs.token import sign_token
+from kbs.protocol.token import sign_token
 from tests.kbs.world import SECRET_TEXT, Site, Visitor
 
 

@@ -23,12 +23,13 @@ from cai.attest.policy import policy_for
 from cai.attest.statement import ReleaseStatement, stock_report_data
 from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verify import verify_evidence
-from kbs.admin_app import admin_app
-from kbs.admin_auth import make_admin_token
-from kbs.broker import KeyBroker
+from kbs.admin.app import admin_app
+from kbs.admin.tokens import make_admin_token
+from kbs.audit.log import read_leaves
 from kbs.instance import read_admin_key
-from kbs.public_app import public_app
-from kbs.service import ServeSettings
+from kbs.release.broker import KeyBroker
+from kbs.server.public_app import public_app
+from kbs.server.service import ServeSettings
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
@@ -40,7 +41,7 @@ FACTS = {
     "multi_gpu_mode": "none", "count": "1", "driver": "580.95.05",
 }
 STATEMENT = ReleaseStatement("ab" * 48, FACTS, "0.1.0")
-RELEASE_REGO = Path(__file__).parents[2] / "kbs" / "policies" / "release.rego"
+RELEASE_REGO = Path(__file__).parents[2] / "kbs" / "policy" / "templates" / "release.rego"
 
 
 class Clock:
@@ -111,7 +112,7 @@ class Site:
         return self.call("GET", f"/kbs/v0/resource/{path}", cookie=cookie, **more)
 
     def audit(self) -> list[dict[str, Any]]:
-        _, leaves = self.broker.administration.audit_leaves(start=0, limit=1000)
+        _, leaves = read_leaves(self.broker.core.database, start=0, limit=1000)
         return [jcs.parse_canonical(leaf, what="leaf", limit=1 << 20) for leaf in leaves]
 
     def last(self, action: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from sqlalchemy import Connection, insert, select, update
 from cai import jcs
 from cai.attest.verdict import Verdict
 from cai.errors import StorageError
-from kbs.database import AUDIT, AUDIT_HEAD, Database
+from kbs.database.engine import Database
+from kbs.database.tables import AUDIT, AUDIT_HEAD
 
 LEAF_VERSION: Final = 1
 """Member ``cai-audit`` of every leaf."""

@@ -16,7 +16,7 @@ from cai import jcs
 from cai.attest.verdict import Check, check
 from cai.errors import FormatError, LimitExceeded
 from kbs.names import ResourceName
-from kbs.rego_library import load_rego
+from kbs.policy.rego_library import load_rego
 
 MAX_POLICY = 256 * 1024
 """Largest policy text, bytes."""

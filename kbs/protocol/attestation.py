@@ -1,6 +1,6 @@
 """The key broker's side of the protocol as pure steps: messages and time in, verdicts out.
 
-Sockets, the database and the clock are in ``kbs.broker``; what is here can be replayed in a test.
+Sockets, the database and the clock are in ``kbs.release.broker``; this can be replayed in a test.
 """
 
 from __future__ import annotations

@@ -1,111 +1,20 @@
-"""All state of the key broker in one SQL database (SQLite by default).
-
-Tables hold sealed rows only where contents matter for a release; what stands beside them in clear
-(path, version, expiry) is in each row's authenticated identity or contents. Every change happens in
-one write transaction together with its audit row.
-"""
+"""All state of the key broker in one SQL database (SQLite by default)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    create_engine,
-    event,
-    inspect,
-)
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cai.errors import CaiError, FormatError, NoSpace, StorageError
-
-SCHEMA: Final = 1
-"""Version of the tables below."""
+from kbs.database.tables import INSTANCE, METADATA
 
 BUSY_SECONDS = 15
 """How long a transaction waits for the one write lock, seconds."""
-
-METADATA: Final = MetaData()
-
-INSTANCE: Final = Table(
-    "instance",
-    METADATA,
-    Column("id", Text, primary_key=True),
-    Column("realm", Text, nullable=False),
-    Column("schema", Integer, nullable=False),
-    Column("created", Text, nullable=False),
-)
-"""One row: who this database is."""
-
-SECRET: Final = Table(
-    "secret",
-    METADATA,
-    Column("path", Text, primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("sealed", LargeBinary, nullable=False),
-)
-"""The broker's own keys: ``token-key``, ``admin-key`` (the public half)."""
-
-RESOURCE: Final = Table(
-    "resource",
-    METADATA,
-    Column("path", Text, primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("owner", Text, nullable=False),
-    Column("sealed", LargeBinary, nullable=False),
-)
-"""Newest version of each resource."""
-
-POLICY: Final = Table(
-    "policy",
-    METADATA,
-    Column("path", Text, primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("owner", Text, nullable=False),
-    Column("sealed", LargeBinary, nullable=False),
-)
-"""Newest version of each policy: ``release`` (Rego) and ``verification`` (policy.toml)."""
-
-SESSION: Final = Table(
-    "session",
-    METADATA,
-    Column("ref", Text, primary_key=True),
-    Column("nonce", Text, nullable=False),
-    Column("version", Text, nullable=False),
-    Column("tee", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("expires", Integer, nullable=False, index=True),
-    Column("sealed", LargeBinary, nullable=True),
-)
-"""Protocol sessions; ``ref`` is the SHA-256 of the cookie, ``expires`` in Unix seconds."""
-
-AUDIT_HEAD: Final = Table(
-    "audit_head",
-    METADATA,
-    Column("id", Integer, primary_key=True),
-    Column("size", Integer, nullable=False),
-)
-"""One row that every decision locks: how many audit rows there are."""
-
-AUDIT: Final = Table(
-    "audit",
-    METADATA,
-    Column("seq", Integer, primary_key=True),
-    Column("object", Text, nullable=False, index=True),
-    Column("leaf", LargeBinary, nullable=False),
-)
-"""The audit log; ``leaf`` is the canonical bytes, ``object`` what they changed, if anything."""
-
 
 class Database:
     """One open database.
@@ -149,6 +58,19 @@ class Database:
             self._engine.connect().execution_options(cai_write=True) as connection,
             connection.begin(),
         ):
+            yield connection
+
+    @contextmanager
+    def decide(self) -> Iterator[Connection]:
+        """A transaction of a decision or an administrative change: one at a time, everywhere.
+
+        It holds the audit head from its start, so whatever it reads (policies, blocks, the newest
+        version of a resource) stays true until it commits, on every replica (decisions §6).
+
+        Raises:
+            StorageError, NoSpace: the database refused; nothing of the transaction stays.
+        """
+        with self.write() as connection:
             yield connection
 
     @contextmanager

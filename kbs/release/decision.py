@@ -15,7 +15,7 @@ from cai.attest.facts import Facts
 from cai.attest.policy import VerificationPolicy
 from cai.attest.verdict import Binding, Check, Verdict, check, not_asked
 from kbs.names import Realm, ResourceName
-from kbs.rego import CHECK_NAME, ReleasePolicy
+from kbs.policy.rego import CHECK_NAME, ReleasePolicy
 
 
 def decide(

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from cai.attest.policy import VerificationPolicy
 from cai.errors import InputMissing
-from kbs.rego import ReleasePolicy
+from kbs.policy.rego import ReleasePolicy
 from kbs.rows import SealedRows
 
 RELEASE_POLICY: Final = "release"

@@ -24,7 +24,7 @@ from cai.errors import (
     Unauthenticated,
     UsageError,
 )
-from kbs.admin_auth import make_admin_token
+from kbs.admin.tokens import make_admin_token
 
 TIMEOUT_SECONDS = 30
 """How long one call may take, seconds."""

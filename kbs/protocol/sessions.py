@@ -22,8 +22,8 @@ from cai.attest.facts import Facts
 from cai.attest.jwk import PublicJwk
 from cai.attest.rcar import NONCE_SIZE
 from cai.errors import FormatError, LimitExceeded, Tampered, Unauthenticated
-from kbs.database import SESSION
-from kbs.sealing import RowIdentity, Sealer
+from kbs.database.tables import SESSION
+from kbs.keys.sealing import RowIdentity, Sealer
 
 LIFETIME = 300
 """How long a session lives, counted from its challenge, seconds (Trustee's default)."""

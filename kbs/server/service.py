@@ -20,12 +20,12 @@ from cai.attest.gpu.ocsp_store import load_ocsp
 from cai.attest.gpu.rim_store import load_rims
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.errors import Interrupted, ListenerFailed, SettingError, UsageError
-from kbs.admin_app import admin_app
-from kbs.broker import KeyBroker
+from kbs.admin.app import admin_app
 from kbs.instance import default_kek, open_instance
 from kbs.names import Realm
-from kbs.public_app import public_app
-from kbs.rego_library import load_rego
+from kbs.policy.rego_library import load_rego
+from kbs.release.broker import KeyBroker
+from kbs.server.public_app import public_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -31,7 +31,7 @@ from cai.errors import (
     Unauthenticated,
     UsageError,
 )
-from kbs.broker import KeyBroker
+from kbs.release.broker import KeyBroker
 
 LOG = logging.getLogger("kbs")
 

@@ -31,16 +31,16 @@ from cai.errors import (
     PolicyDenied,
     Unauthenticated,
 )
-from kbs import protocol, token
-from kbs.administration import Administration
-from kbs.audit import Entry
+from kbs.audit.log import Entry
 from kbs.core import Core
 from kbs.instance import Instance
 from kbs.names import ResourceName
-from kbs.policy_rows import Policies, current_policies
-from kbs.release import decide
+from kbs.policy.rows import Policies, current_policies
+from kbs.protocol import attestation as protocol
+from kbs.protocol import token
+from kbs.protocol.sessions import Established, Session, State, session_ref
+from kbs.release.decision import decide
 from kbs.rows import Stored
-from kbs.sessions import Established, Session, State, session_ref
 
 
 class KeyBroker:
@@ -72,10 +72,9 @@ class KeyBroker:
         self._anchors = anchors
         self._collateral = collateral
         self._rims, self._ocsp = rims, ocsp
-        self._core = Core(instance, clock)
-        self.administration = Administration(self._core)
-        self.count_failure = self._core.count_failure
-        self.close = self._core.close
+        self.core = Core(instance, clock)
+        self.count_failure = self.core.count_failure
+        self.close = self.core.close
 
     def auth(self, body: bytes) -> tuple[dict[str, Any], str]:
         """Begin a session.
@@ -89,7 +88,7 @@ class KeyBroker:
         """
         request = Request.parse(body)
         protocol.accept_request(request)
-        core = self._core
+        core = self.core
         with core.database.write() as connection:
             cookie, session = core.sessions.begin(
                 connection, version=request.version, tee=request.tee, now=core.clock()
@@ -107,7 +106,7 @@ class KeyBroker:
             FormatError, LimitExceeded: the message has another form.
             EvidenceRefused: a hard check failed; carries the verdict.
         """
-        core, session = self._core, self._find(session_ref(cookie))
+        core, session = self.core, self._find(session_ref(cookie))
         if session.state is State.ATTESTED:
             with core.database.read() as connection:
                 return core.sessions.established(connection, session).token
@@ -172,14 +171,14 @@ class KeyBroker:
             InputMissing: not a resource name; or policies would allow it, but there is none.
             Tampered: a stored row is not the one that was stored.
         """
-        core, session = self._core, self._find(self._reference(cookie, bearer))
+        core, session = self.core, self._find(self._reference(cookie, bearer))
         try:
             name = ResourceName.parse(path)
         except FormatError as error:
             raise InputMissing(error.message, hint=error.hint, code="request-path") from error
         refused: CaiError | None = None
         stored: Stored | None = None
-        with core.database.write() as connection:
+        with core.database.decide() as connection:
             try:
                 established = core.sessions.established(connection, session)
                 entry = self._decide(connection, session, established, name, request)
@@ -211,14 +210,14 @@ class KeyBroker:
                 self.instance.token_key.public_key(),
                 realm=self.instance.realm,
                 instance=self.instance.id,
-                now=self._core.clock(),
+                now=self.core.clock(),
             )
         except Unauthenticated:
             self.count_failure("token")
             raise
 
     def _find(self, ref: str) -> Session:
-        core = self._core
+        core = self.core
         try:
             with core.database.read() as connection:
                 return core.sessions.find(connection, ref, now=core.clock())
@@ -229,14 +228,14 @@ class KeyBroker:
     def _wants_agreement(self) -> bool:
         """Whether the policy in force demands that both TDX engines verify."""
         try:
-            with self._core.database.read() as connection:
-                verification = current_policies(self._core.policies, connection).verification
+            with self.core.database.read() as connection:
+                verification = current_policies(self.core.policies, connection).verification
         except CaiError:
             return True  # a damaged policy: the stricter reading
         return verification is not None and verification.tdx.require_agreement
 
     def _consume(self, session: Session) -> None:
-        core = self._core
+        core = self.core
         with core.database.write() as connection:
             spent = core.sessions.consume(connection, session, now=core.clock())
         if not spent:
@@ -253,13 +252,13 @@ class KeyBroker:
         evidence: dict[str, str],
     ) -> Established:
         try:
-            policies = current_policies(self._core.policies, connection)
+            policies = current_policies(self.core.policies, connection)
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
             policies = Policies()
         verification = policies.verification
         appraisal = (
-            verification.appraise(facts, now=self._core.clock()) if verification else None
+            verification.appraise(facts, now=self.core.clock()) if verification else None
         )
         established = Established(facts, key, evidence, token="")
         claims = self._claims(session, established, policies, appraisal)
@@ -273,8 +272,8 @@ class KeyBroker:
         name: ResourceName,
         request: str,
     ) -> Entry:
-        policies = current_policies(self._core.policies, connection)
-        facts, now = established.facts, self._core.clock()
+        policies = current_policies(self.core.policies, connection)
+        facts, now = established.facts, self.core.clock()
         verdict = decide(
             facts,
             resource=name,
@@ -313,7 +312,7 @@ class KeyBroker:
             instance=self.instance.id,
             runtime={"nonce": session.nonce, "tee-pubkey": established.tee_pubkey.to_json()},
             evidence=established.evidence,
-            issued=self._core.clock(),
+            issued=self.core.clock(),
             expires=session.expires,
             ref=session.ref,
         )

@@ -6,9 +6,9 @@ from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from cai.errors import CaiError, Unauthenticated
-from kbs.broker import KeyBroker
-from kbs.http import json_answer, new_app, read_body, request_id
-from kbs.sessions import LIFETIME
+from kbs.protocol.sessions import LIFETIME
+from kbs.release.broker import KeyBroker
+from kbs.server.answers import json_answer, new_app, read_body, request_id
 
 COOKIE = "kbs-session-id"
 """Name of the session cookie, as stock clients know it."""

@@ -1,0 +1,1 @@
+"""What the broker's owner may do, over a listener of its own."""

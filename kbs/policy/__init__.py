@@ -1,0 +1,1 @@
+"""Layer three: Rego policies, where they apply, and what they may see."""

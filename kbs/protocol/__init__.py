@@ -1,0 +1,1 @@
+"""Trustee's protocol as pure steps, its sessions and its tokens."""

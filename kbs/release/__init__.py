@@ -1,0 +1,1 @@
+"""The decision to give a resource, and everything that hangs on it."""

@@ -1,0 +1,1 @@
+"""HTTP: the listeners, their limits and their errors."""
