@@ -14,13 +14,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 from cai.attest import jwe
-from cai.attest.anchors import TrustAnchors
 from cai.attest.facts import Facts
-from cai.attest.gpu.ocsp_store import OcspStore
-from cai.attest.gpu.rim_store import RimStore
 from cai.attest.jwk import PublicJwk
 from cai.attest.rcar import Challenge, Request
-from cai.attest.tdx.collateral import CollateralStore
 from cai.attest.verdict import Check, Verdict, check
 from cai.attest.verify import hardware_identity
 from cai.errors import (
@@ -39,6 +35,7 @@ from kbs.policy.rows import Policies, current_policies
 from kbs.protocol import attestation as protocol
 from kbs.protocol import token
 from kbs.protocol.sessions import Established, Session, State, session_ref
+from kbs.protocol.verifier import Verifier
 from kbs.release.decision import decide
 from kbs.rows import Stored
 
@@ -48,30 +45,22 @@ class KeyBroker:
 
     Args:
         instance: its open database and keys.
-        anchors: the roots it trusts; their kind must be that of the realm.
-        collateral: Intel's statements about platforms.
+        verifier: what it verifies evidence with.
         clock: the time; nobody outside can give it.
         unsafe: names of the ``unsafe_…`` settings in force.
-        rims: NVIDIA's reference measurements; ``None`` does not compare.
-        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
     """
 
     def __init__(
         self,
         instance: Instance,
         *,
-        anchors: TrustAnchors,
-        collateral: CollateralStore,
+        verifier: Verifier,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         unsafe: tuple[str, ...] = (),
-        rims: RimStore | None = None,
-        ocsp: OcspStore | None = None,
     ) -> None:
         self.instance = instance
         self.unsafe = unsafe
-        self._anchors = anchors
-        self._collateral = collateral
-        self._rims, self._ocsp = rims, ocsp
+        self.verifier = verifier
         self.core = Core(instance, clock)
         self.count_failure = self.core.count_failure
         self.close = self.core.close
@@ -118,16 +107,11 @@ class KeyBroker:
         except CaiError as error:
             core.record(self._refusal("attest", session, request, error))
             raise
-        verified = protocol.verify_attestation(
+        verified = self.verifier.attestation(
             attestation,
             nonce=session.nonce,
-            realm=self.instance.realm,
-            anchors=self._anchors,
-            collateral=self._collateral,
             now=core.clock(),
             require_agreement=self._wants_agreement(),
-            rims=self._rims,
-            ocsp=self._ocsp,
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
@@ -324,7 +308,7 @@ class KeyBroker:
         verdict = Verdict(
             subject=action,
             checks=(failed,),
-            simulated=self._anchors.simulated,
+            simulated=self.verifier.anchors.simulated,
             unsafe=self.unsafe,
         )
         return Entry(

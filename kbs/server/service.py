@@ -24,6 +24,7 @@ from kbs.admin.app import admin_app
 from kbs.instance import default_kek, open_instance
 from kbs.names import Realm
 from kbs.policy.rego_library import load_rego
+from kbs.protocol.verifier import Endorsements, Verifier
 from kbs.release.broker import KeyBroker
 from kbs.server.public_app import public_app
 
@@ -111,10 +112,8 @@ def open_broker(
         settings.data, settings.kek or default_kek(settings.data), realm, now=clock()
     )
     unsafe = () if root is None else (UNSAFE_SIMULATED,)
-    return KeyBroker(
-        instance, anchors=anchors, collateral=collateral, clock=clock, unsafe=unsafe, rims=rims,
-        ocsp=ocsp,
-    )  # fmt: skip
+    verifier = Verifier(anchors, realm, Endorsements(collateral, rims, ocsp))
+    return KeyBroker(instance, verifier=verifier, clock=clock, unsafe=unsafe)
 
 
 def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
