@@ -131,7 +131,7 @@ def test_changes_are_audited_with_who_and_what(site: Site) -> None:
     site.admin("POST", "resource/a/b/c", b"one")
     answer = site.set_policy("resource-policy", ALLOW)
     row = site.last("resource.set")
-    assert row["actor"] == {"kind": "admin", "name": "admin"}
+    assert row["actor"] == {"kind": "admin", "name": "admin", "roles": "admin"}
     assert row["change"]["object"] == "resource/a/b/c"
     assert row["change"]["version"] == 1
     row = site.last("policy.set")
