@@ -182,6 +182,29 @@ class KeyBroker:
             raise CaiError("a release was allowed without a resource")
         return jwe.encrypt(stored.contents, established.tee_pubkey)
 
+    def lease(
+        self, body: bytes, *, cookie: str | None, bearer: str | None, request: str
+    ) -> dict[str, Any]:
+        """Grant or renew a lease (docs/spec-lease.md §2).
+
+        Args:
+            body: the request, canonical JSON.
+            cookie: of the attested session.
+            bearer: an attestation token instead.
+            request: id of this request.
+
+        Returns:
+            The answer as a JSON value: JWE, ticket, consistency proof.
+
+        Raises:
+            FormatError, LimitExceeded: the request has another form.
+            Unauthenticated: no attested session.
+            PolicyDenied: a policy or a block says no.
+            InputMissing: policies would allow it, but there is no such resource.
+        """
+        del body, cookie, bearer, request
+        raise InputMissing("leases are not granted yet")
+
     def _reference(self, cookie: str | None, bearer: str | None) -> str:
         if cookie:
             return session_ref(cookie)
