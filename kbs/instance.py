@@ -6,7 +6,6 @@ First start creates, beside each other: the data directory (0700) with the datab
 
 from __future__ import annotations
 
-import os
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, text
 
 from cai.errors import (
     FormatError,
@@ -30,12 +29,11 @@ from cai.errors import (
 from cai.secret import Secret, read_secret_file, write_secret_file
 from kbs.audit.log import AuditLog, Entry
 from kbs.database.engine import Database
-from kbs.database.tables import AUDIT_HEAD, INSTANCE, SCHEMA, SECRET
+from kbs.database.opening import open_database
+from kbs.database.settings import DatabaseSettings
+from kbs.database.tables import AUDIT_HEAD, INSTANCE, SECRET
 from kbs.keys.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
 from kbs.names import Realm
-
-DATABASE_NAME = "kbs.sqlite"
-"""The database in the data directory."""
 
 ADMIN_KEY_NAME = "admin.key"
 """The administrator's private key in the data directory; it may be moved away."""
@@ -71,32 +69,48 @@ def default_kek(data: Path) -> Path:
     return absolute.with_name(absolute.name + "-kek") / "kek"
 
 
-def open_instance(data: Path, kek_file: Path, realm: Realm, *, now: datetime) -> Instance:
-    """Open the database in ``data``, creating everything on first start.
+def open_instance(
+    data: Path,
+    kek_file: Path,
+    realm: Realm,
+    *,
+    now: datetime,
+    database: DatabaseSettings | None = None,
+) -> Instance:
+    """Open the key broker's database, creating everything on first start.
+
+    Of several programs that start at once on an empty database one creates the instance; the
+    others find it.
+
+    Args:
+        data: directory of the administrator's first key and, with SQLite, of the database.
+        kek_file: key encryption key.
+        realm: which platforms it may release to.
+        now: the time.
+        database: where the database is; ``None`` is SQLite in ``data``.
 
     Raises:
-        SettingError: the key encryption key lies inside ``data``, or the database is of the other
-            realm.
+        SettingError: the key encryption key lies inside ``data``, the database is of the other
+            realm, or its schema is an older one on PostgreSQL.
         WrongKey: the key encryption key is another database's.
         InputError, StorageError: something cannot be read or written.
     """
     require_outside(kek_file, data)
     _private_directory(data)
-    path = data / DATABASE_NAME
-    _create_private_file(path)
-    database = Database.open_file(path)
+    opened = open_database(data, database or DatabaseSettings())
     try:
-        with database.read() as connection:
-            row = connection.execute(select(INSTANCE)).one_or_none()
-        if row is None:
-            return _create(database, data, kek_file, realm, now=now)
-        if row.schema != SCHEMA:
-            raise FormatError(f"{path}: schema {row.schema}, this program reads {SCHEMA}")
-        if row.realm != realm.value:
-            raise _other_realm(path, row.realm)
-        return _open(database, row.id, realm, Sealer(read_kek(kek_file)))
+        found = _found(opened)
+        if found is None:
+            with opened.write() as connection:
+                _hold_creation(connection)
+                # Another replica may have been first.
+                found = _row(connection) or _create(connection, data, kek_file, realm, now=now)
+        instance_id, found_realm = found
+        if found_realm != realm.value:
+            raise _other_realm(opened.where, found_realm)
+        return _open(opened, instance_id, realm, Sealer(_kek_of_another(kek_file, opened)))
     except BaseException:
-        database.close()
+        opened.close()
         raise
 
 
@@ -117,12 +131,51 @@ def read_admin_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
+def _found(database: Database) -> tuple[str, str] | None:
+    with database.read() as connection:
+        return _row(connection)
+
+
+def _row(connection: Connection) -> tuple[str, str] | None:
+    row = connection.execute(select(INSTANCE.c.id, INSTANCE.c.realm)).one_or_none()
+    return None if row is None else (row.id, row.realm)
+
+
+def _hold_creation(connection: Connection) -> None:
+    """Let one program at a time create the instance; SQLite's write transaction does already."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"LOCK TABLE {INSTANCE.name} IN SHARE ROW EXCLUSIVE MODE"))
+
+
 def _create(
-    database: Database, data: Path, kek_file: Path, realm: Realm, *, now: datetime
-) -> Instance:
+    connection: Connection, data: Path, kek_file: Path, realm: Realm, *, now: datetime
+) -> tuple[str, str]:
     # A first start that was interrupted leaves key files behind; they are used again.
     kek = read_kek(kek_file) if kek_file.exists() else create_kek(kek_file)
     sealer = Sealer(kek)
+    admin = _first_admin(data)
+    token_key = ec.generate_private_key(ec.SECP256R1())
+    instance_id = uuid.uuid4().hex
+    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    connection.execute(insert(INSTANCE).values(id=instance_id, realm=realm.value, created=created))
+    connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
+    secrets = {
+        _ADMIN_KEY: admin.public_bytes_raw(),
+        _TOKEN_KEY: token_key.private_bytes(
+            serialization.Encoding.DER,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    }
+    for path, contents in secrets.items():
+        sealed = sealer.seal(_identity(instance_id, realm, path), contents)
+        connection.execute(insert(SECRET).values(path=path, version=1, sealed=sealed))
+    entry = Entry("instance.create", {"kind": "system"}, uuid.uuid4().hex, allowed=True)
+    AuditLog(instance_id, realm.value).append(connection, entry, now)
+    return instance_id, realm.value
+
+
+def _first_admin(data: Path) -> Ed25519PublicKey:
     admin_file = data / ADMIN_KEY_NAME
     if not admin_file.exists():
         pem = Ed25519PrivateKey.generate().private_bytes(
@@ -131,31 +184,16 @@ def _create(
             serialization.NoEncryption(),
         )
         write_secret_file(admin_file, Secret(pem), what="admin key")
-    admin = read_admin_key(admin_file).public_key()
-    token_key = ec.generate_private_key(ec.SECP256R1())
-    instance_id = uuid.uuid4().hex
-    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
-    with database.write() as connection:
-        connection.execute(
-            insert(INSTANCE).values(
-                id=instance_id, realm=realm.value, schema=SCHEMA, created=created
-            )
-        )
-        connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
-        secrets = {
-            _ADMIN_KEY: admin.public_bytes_raw(),
-            _TOKEN_KEY: token_key.private_bytes(
-                serialization.Encoding.DER,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            ),
-        }
-        for path, contents in secrets.items():
-            sealed = sealer.seal(_identity(instance_id, realm, path), contents)
-            connection.execute(insert(SECRET).values(path=path, version=1, sealed=sealed))
-        entry = Entry("instance.create", {"kind": "system"}, uuid.uuid4().hex, allowed=True)
-        AuditLog(instance_id, realm.value).append(connection, entry, now)
-    return Instance(instance_id, realm, database, sealer, admin, token_key)
+    return read_admin_key(admin_file).public_key()
+
+
+def _kek_of_another(kek_file: Path, database: Database) -> Secret:
+    try:
+        return read_kek(kek_file)
+    except InputMissing as error:
+        if database.is_shared:
+            error.hint = "copy it from the replica that made the database"
+        raise
 
 
 def _open(database: Database, instance_id: str, realm: Realm, sealer: Sealer) -> Instance:
@@ -189,7 +227,7 @@ def _identity(instance_id: str, realm: Realm, path: str) -> RowIdentity:
     return RowIdentity(instance_id, realm.value, SECRET.name, path, 1)
 
 
-def _other_realm(path: Path, found: str) -> SettingError:
+def _other_realm(path: str, found: str) -> SettingError:
     if found == Realm.SIMULATED.value:
         return SettingError(
             f"{path} is a database of the simulated realm",
@@ -213,10 +251,3 @@ def _private_directory(path: Path) -> None:
         raise StorageError(
             f"the data directory {path} is open to others", hint=f"chmod 0700 {path}"
         )
-
-
-def _create_private_file(path: Path) -> None:
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-    except OSError as error:
-        raise from_os_error(error, f"open database {path}") from error

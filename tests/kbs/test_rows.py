@@ -329,8 +329,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_schema_of_another_version_is_refused(site: Site) -> None:
-    edit(site, "UPDATE instance SET schema = 99")
-    with pytest.raises(CaiError, match="schema 99"):
+    edit(site, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(CaiError, match="schema 9999"):
         reopen(site)
 
 
