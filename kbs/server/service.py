@@ -21,11 +21,13 @@ from cai.attest.gpu.rim_store import load_rims
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.errors import Interrupted, ListenerFailed, SettingError, UsageError
 from kbs.admin.app import admin_app
+from kbs.database.settings import DatabaseSettings
 from kbs.instance import default_kek, open_instance
 from kbs.names import Realm
 from kbs.policy.rego_library import load_rego
 from kbs.protocol.verifier import Endorsements, Verifier
 from kbs.release.broker import KeyBroker
+from kbs.server.config import ServeSettings
 from kbs.server.public_app import public_app
 
 if TYPE_CHECKING:
@@ -45,31 +47,6 @@ STOP_SECONDS = 10
 
 UNSAFE_SIMULATED = "unsafe_simulated_root"
 """Name of the setting as health, logs and verdicts show it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServeSettings:
-    """What ``kbs serve`` is told.
-
-    Attributes:
-        data: data directory.
-        listen: ``HOST:PORT`` of the main listener.
-        admin_listen: ``HOST:PORT`` of the admin listener; loopback only.
-        kek: key encryption key file; by default beside ``data``.
-        collateral: bundle or directory of Intel's collateral.
-        unsafe_simulated_root: directory of a simulator's public parts; the simulated realm.
-        rims: directory of NVIDIA's reference measurements.
-        ocsp: directory of NVIDIA's revocation answers.
-    """
-
-    data: Path
-    listen: str
-    admin_listen: str
-    kek: Path | None = None
-    collateral: Path | None = None
-    unsafe_simulated_root: Path | None = None
-    rims: Path | None = None
-    ocsp: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +85,12 @@ def open_broker(
     # What is missing in either is not asked; each policy decides whether that will do.
     rims = None if settings.rims is None else load_rims(settings.rims, if_available=True)
     ocsp = None if settings.ocsp is None else load_ocsp(settings.ocsp, if_available=True)
+    database = settings.database or DatabaseSettings()
     instance = open_instance(
-        settings.data, settings.kek or default_kek(settings.data), realm, now=clock()
-    )
-    unsafe = () if root is None else (UNSAFE_SIMULATED,)
+        settings.data, settings.kek or default_kek(settings.data), realm, now=clock(),
+        database=database,
+    )  # fmt: skip
+    unsafe = (() if root is None else (UNSAFE_SIMULATED,)) + database.unsafe
     verifier = Verifier(anchors, realm, Endorsements(collateral, rims, ocsp))
     return KeyBroker(instance, verifier=verifier, clock=clock, unsafe=unsafe)
 
@@ -128,7 +107,7 @@ def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
         Interrupted: ended by SIGINT.
         SystemExit: with 143, ended by SIGTERM.
     """
-    host, port = parse_address(settings.admin_listen, "--admin-listen")
+    host, port = parse_address(settings.admin_address, "--admin-listen")
     require_loopback(host)
     # Ports first: a second start fails before it touches the database.
     with (
