@@ -43,8 +43,8 @@ SECRET: Final = Table(
 ROW_KEY: Final = Table(
     "row_key",
     METADATA,
-    Column("id", Integer, primary_key=True),
-    Column("generation", Integer, nullable=False),
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("generation", BigInteger, nullable=False),
     Column("provider", Text, nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
     Column("commitment", LargeBinary, nullable=False),
@@ -56,8 +56,8 @@ SIGNING_KEY: Final = Table(
     "signing_key",
     METADATA,
     Column("name", Text, primary_key=True),
-    Column("version", Integer, primary_key=True),
-    Column("created", Integer, nullable=False),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("created", BigInteger, nullable=False),
     Column("sealed", LargeBinary, nullable=False),
 )
 """The broker's own signing keys, all versions; ``created`` in Unix seconds."""
@@ -66,12 +66,12 @@ RESOURCE: Final = Table(
     "resource",
     METADATA,
     Column("path", Text, primary_key=True),
-    Column("version", Integer, primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("owner", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("lease", Text, nullable=False),
     Column("size", Integer, nullable=False),
-    Column("created", Integer, nullable=False),
+    Column("created", BigInteger, nullable=False),
     Column("provider", Text, nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
     Column("sealed", LargeBinary, nullable=False),
@@ -146,3 +146,25 @@ AUDIT_CHECKPOINT: Final = Table(
     Column("note", LargeBinary, nullable=False),
 )
 """Every checkpoint that was signed, before it is published; one for each size of a log."""
+
+# Release.
+
+BLOCK: Final = Table(
+    "block",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""What was revoked; ``id`` is derived from kind and value, so a decision asks for it by name."""
+
+LEASE: Final = Table(
+    "lease",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("ends", BigInteger, nullable=False, index=True),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""Leases; ``version`` counts the renewals, ``ends`` is when the last request of the newest one ends,
+Unix seconds."""

@@ -29,10 +29,31 @@ def upgrade() -> None:
         Column("sealed", LargeBinary, nullable=False),
     )
     op.create_table(
+        "row_key",
+        Column("id", Integer, primary_key=True, autoincrement=False),
+        Column("generation", BigInteger, nullable=False),
+        Column("provider", Text, nullable=False),
+        Column("wrapped", LargeBinary, nullable=False),
+        Column("commitment", LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "signing_key",
+        Column("name", Text, primary_key=True),
+        Column("version", BigInteger, primary_key=True, autoincrement=False),
+        Column("created", BigInteger, nullable=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_table(
         "resource",
         Column("path", Text, primary_key=True),
-        Column("version", Integer, nullable=False),
+        Column("version", BigInteger, primary_key=True, autoincrement=False),
         Column("owner", Text, nullable=False),
+        Column("model", Text, nullable=False),
+        Column("lease", Text, nullable=False),
+        Column("size", Integer, nullable=False),
+        Column("created", BigInteger, nullable=False),
+        Column("provider", Text, nullable=False),
+        Column("wrapped", LargeBinary, nullable=False),
         Column("sealed", LargeBinary, nullable=False),
     )
     op.create_table(
@@ -69,7 +90,6 @@ def upgrade() -> None:
         Column("version", BigInteger, nullable=False),
         Column("leaf", LargeBinary, nullable=False),
     )
-    # The newest leaf about an object, or about one of its versions: found by an index alone.
     op.create_index("ix_audit_object_seq", "audit", ["object", "seq"])
     op.create_index("ix_audit_object_version", "audit", ["object", "version", "seq"])
     op.create_table(
@@ -84,3 +104,17 @@ def upgrade() -> None:
         Column("size", BigInteger, primary_key=True, autoincrement=False),
         Column("note", LargeBinary, nullable=False),
     )
+    op.create_table(
+        "block",
+        Column("id", Text, primary_key=True),
+        Column("version", Integer, nullable=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "lease",
+        Column("id", Text, primary_key=True),
+        Column("version", Integer, nullable=False),
+        Column("ends", BigInteger, nullable=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_index("ix_lease_ends", "lease", ["ends"])
