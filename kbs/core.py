@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from kbs.audit.log import AuditLog, Entry, FailureCount
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection
+
+from kbs.audit.checkpoint import Checkpoints
+from kbs.audit.leaf import Entry
+from kbs.audit.log import FAILURE_SECONDS, AuditLog, FailureCount, seconds_since_failures
 from kbs.database.tables import POLICY, RESOURCE
 from kbs.instance import Instance
 from kbs.protocol.sessions import SessionStore
@@ -30,6 +35,9 @@ class Core:
         self.resources = SealedRows(RESOURCE, instance=instance.id, realm=realm, sealer=sealer)
         self.policies = SealedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer)
         self.sessions = SessionStore(instance=instance.id, realm=realm, sealer=sealer)
+        self.checkpoints = Checkpoints(
+            self.database, instance=instance.id, signer=self._checkpoint_key
+        )
         self._failures = FailureCount()
 
     def record(self, entry: Entry) -> None:
@@ -39,9 +47,17 @@ class Core:
 
     def count_failure(self, kind: str) -> None:
         """Count a failure that anybody could cause; at most one audit row a minute."""
-        counts = self._failures.note(kind, self.clock())
-        if counts:
-            self.record(_counted(counts))
+        now = self.clock()
+        counts = self._failures.note(kind, now)
+        if not counts:
+            return
+        with self.database.decide() as connection:
+            # One leaf a minute for all replicas together.
+            age = seconds_since_failures(connection, now)
+            if age is not None and abs(age) < FAILURE_SECONDS:
+                self._failures.put_back(counts, now - timedelta(seconds=age))
+            else:
+                self.audit.append(connection, _counted(counts), now)
 
     def close(self) -> None:
         """Write what is not written yet and close the database."""
@@ -49,6 +65,11 @@ class Core:
         if rest:
             self.record(_counted(rest))
         self.database.close()
+
+    def _checkpoint_key(self, connection: Connection) -> Ed25519PrivateKey:
+        from kbs.keys.signing import KeyName
+
+        return self.signing.current(connection, KeyName.CHECKPOINT).ed25519  # type: ignore[attr-defined, no-any-return]
 
 
 def _counted(counts: dict[str, int]) -> Entry:
