@@ -25,6 +25,7 @@ these; a built-in exception that leaks out of a parser is a bug.
     │   ├── PeerUnreachable       peer-unreachable    exit  8  HTTP 502
     │   ├── PeerWithoutEvidence   peer-no-evidence    exit  8  HTTP 502
     │   └── ListenerFailed        listener            exit  8  HTTP 500
+    ├── TooBusy                   busy                exit  8  HTTP 503
     ├── Undecided                 undecided           exit 20  HTTP 503
     └── Interrupted               interrupted         exit 130 HTTP 503
 """
@@ -212,6 +213,12 @@ class ListenerFailed(PeerError):
     """A socket cannot be listened on."""
 
     code, http_status = "listener", 500
+
+
+class TooBusy(CaiError):
+    """More is asked of a service at once than it takes on; the same call may succeed later."""
+
+    code, exit_status, http_status = "busy", 8, 503
 
 
 class Undecided(CaiError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,18 @@ MAX_INIT_DATA = 128 * 1024
 """Largest init-data text, bytes."""
 
 MAX_NAME = 64
-"""Longest version, TEE and device name, characters."""
+"""Longest version, TEE, selector and device name, characters."""
+
+SELECTOR: Final = "attestation-policy-selector"
+"""Member of ``extra-params`` by which a client names the policy it expects to be appraised with."""
+
+_ALIASES: Final = {
+    "azsnpvtpm": "az-snp-vtpm",
+    "aztdxvtpm": "az-tdx-vtpm",
+    "hygontpm": "hygon-tpm",
+}
+
+_SELECTOR: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +125,23 @@ class Request:
             raise FormatError("request: extra-params is missing")
         return cls(
             version=_text(value, "version", "request", MAX_NAME),
-            tee=_text(value, "tee", "request", MAX_NAME),
+            tee=tee_name(_text(value, "tee", "request", MAX_NAME)),
             extra_params=value["extra-params"],
         )
+
+    @property
+    def selector(self) -> str:
+        """The policy that the client expects; empty when it names none.
+
+        Raises:
+            FormatError, LimitExceeded: it is not a policy id.
+        """
+        if not isinstance(self.extra_params, dict) or self.extra_params.get(SELECTOR) is None:
+            return ""
+        text = _text(self.extra_params, SELECTOR, "request.extra-params", MAX_NAME)
+        if not _SELECTOR.fullmatch(text):
+            raise FormatError(f"request.extra-params: {SELECTOR} is not a policy id")
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +298,11 @@ class ErrorInformation:
         value = _message(data, "error answer")
         kind = _text(value, "type", "error answer", 1024).rpartition("/")[2]
         return cls(kind, _text(value, "detail", "error answer", 64 * 1024))
+
+
+def tee_name(text: str) -> str:
+    """The name of a TEE as upstream spells it; a well-known fork spells some without dashes."""
+    return _ALIASES.get(text, text)
 
 
 def device_digest(nonce: str, jwk: PublicJwk) -> bytes:

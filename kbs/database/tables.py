@@ -95,12 +95,23 @@ SESSION: Final = Table(
     Column("nonce", Text, nullable=False),
     Column("version", Text, nullable=False),
     Column("tee", Text, nullable=False),
+    Column("selector", Text, nullable=False, default=""),
     Column("state", Text, nullable=False),
     Column("expires", BigInteger, nullable=False, index=True),
     Column("sealed", LargeBinary, nullable=True),
     info=SHORT_LIVED,
 )
 """Protocol sessions; ``ref`` is the SHA-256 of the cookie, ``expires`` in Unix seconds."""
+
+CHALLENGE: Final = Table(
+    "challenge",
+    METADATA,
+    Column("ref", Text, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("expires", BigInteger, nullable=False, index=True),
+    info=SHORT_LIVED,
+)
+"""Challenges of the attestation service; ``ref`` is the SHA-256 of the nonce."""
 
 AUDIT_HEAD: Final = Table(
     "audit_head",

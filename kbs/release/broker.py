@@ -77,11 +77,12 @@ class KeyBroker:
         """
         request = Request.parse(body)
         protocol.accept_request(request)
-        core = self.core
+        core, selector = self.core, request.selector
         with core.database.write() as connection:
             cookie, session = core.sessions.begin(
-                connection, version=request.version, tee=request.tee, now=core.clock()
-            )
+                connection, version=request.version, tee=request.tee, now=core.clock(),
+                selector=selector,
+            )  # fmt: skip
         return Challenge(session.nonce).to_json(), cookie
 
     def attest(self, cookie: str, body: bytes, *, request: str) -> str:

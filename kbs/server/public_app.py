@@ -45,17 +45,33 @@ def public_app(broker: KeyBroker) -> FastAPI:
 
     @app.get("/kbs/v0/resource/{path:path}")
     async def resource(request: Request, path: str) -> Response:
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         sealed = await run_in_threadpool(
             broker.release,
             path,
             cookie=_cookie(request),
-            bearer=bearer.strip() if scheme.lower() == "bearer" else None,
+            bearer=_bearer(request),
             request=request_id(request),
         )
         return Response(sealed, media_type="application/json")
 
+    @app.post("/kbs/v0/lease")
+    async def lease(request: Request) -> Response:
+        body = await read_body(request)
+        answer = await run_in_threadpool(
+            broker.lease,
+            body,
+            cookie=_cookie(request),
+            bearer=_bearer(request),
+            request=request_id(request),
+        )
+        return json_answer(answer)
+
     return app
+
+
+def _bearer(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 def _cookie(request: Request) -> str | None:

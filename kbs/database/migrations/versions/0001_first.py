@@ -69,11 +69,19 @@ def upgrade() -> None:
         Column("nonce", Text, nullable=False),
         Column("version", Text, nullable=False),
         Column("tee", Text, nullable=False),
+        Column("selector", Text, nullable=False),
         Column("state", Text, nullable=False),
         Column("expires", BigInteger, nullable=False),
         Column("sealed", LargeBinary, nullable=True),
     )
     op.create_index("ix_session_expires", "session", ["expires"])
+    op.create_table(
+        "challenge",
+        Column("ref", Text, primary_key=True),
+        Column("state", Text, nullable=False),
+        Column("expires", BigInteger, nullable=False),
+    )
+    op.create_index("ix_challenge_expires", "challenge", ["expires"])
     op.create_table(
         "audit_head",
         Column("id", Integer, primary_key=True, autoincrement=False),
