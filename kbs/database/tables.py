@@ -113,6 +113,25 @@ CHALLENGE: Final = Table(
 )
 """Challenges of the attestation service; ``ref`` is the SHA-256 of the nonce."""
 
+ADMIN: Final = Table(
+    "admin",
+    METADATA,
+    Column("path", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("key_id", Text, nullable=False, index=True),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""Administrators by name."""
+
+PROPOSAL: Final = Table(
+    "proposal",
+    METADATA,
+    Column("path", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""Changes that wait for further persons, by their random id."""
+
 AUDIT_HEAD: Final = Table(
     "audit_head",
     METADATA,

@@ -83,6 +83,20 @@ def upgrade() -> None:
     )
     op.create_index("ix_challenge_expires", "challenge", ["expires"])
     op.create_table(
+        "admin",
+        Column("path", Text, primary_key=True),
+        Column("version", BigInteger, nullable=False),
+        Column("key_id", Text, nullable=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_index("ix_admin_key_id", "admin", ["key_id"])
+    op.create_table(
+        "proposal",
+        Column("path", Text, primary_key=True),
+        Column("version", BigInteger, nullable=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_table(
         "audit_head",
         Column("id", Integer, primary_key=True, autoincrement=False),
         Column("size", BigInteger, nullable=False),
