@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cai import jcs, merkle
+from cai.attest.checkpoint import MAX_PATH
 from cai.attest.jwe import MAX_JWE
 from cai.attest.ticket_form import (
     MAX_CHANNEL_KEYS,
     MAX_DRAIN_S,
-    MAX_PATH,
     MAX_TICKET,
     MAX_TTL_S,
     hex_list,
@@ -246,7 +246,7 @@ class LeaseAnswer:
                 jwe=jcs.canonical(inner),
                 ticket=jcs.canonical(ticket),
                 consistency=hex_list(
-                    section, "consistency", merkle.HASH_SIZE, most=2 * MAX_PATH, ordered=False
+                    section, "consistency", merkle.HASH_SIZE, most=MAX_PATH, ordered=False
                 ),
             )
             section.finish()

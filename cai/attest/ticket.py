@@ -15,25 +15,24 @@ from datetime import datetime, timedelta
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cai import merkle
+from cai.attest.checkpoint import read_checkpoint
 from cai.attest.ticket_form import (
     TIME,
     AuditProof,
     Ticket,
     TicketClaims,
-    checkpoint_tree,
     platform_id,
     policy_hash,
     ticket_digest,
 )
 from cai.attest.verdict import Check, Verdict, check, not_asked
-from cai.errors import FormatError, InputError
+from cai.errors import FormatError, InputError, Tampered
 
 __all__ = [
     "AuditProof",
     "ChannelView",
     "Ticket",
     "TicketClaims",
-    "checkpoint_tree",
     "platform_id",
     "policy_hash",
     "ticket_digest",
@@ -72,6 +71,7 @@ def verify_ticket(
     view: ChannelView,
     simulated: bool,
     now: datetime,
+    log_keys: Sequence[bytes] = (),
     subject: str = "admission ticket",
 ) -> tuple[Verdict, Ticket | None]:
     """Verify a ticket (spec-lease §5).
@@ -83,6 +83,8 @@ def verify_ticket(
         view: what the channel showed.
         simulated: whether the verifier's own trust anchors are a simulator's.
         now: the verifier's clock, timezone-aware.
+        log_keys: keys of the broker's audit log, 32 bytes each; without one the ticket's own
+            signature alone vouches for the checkpoint.
         subject: what the verdict is about.
 
     Returns:
@@ -113,6 +115,8 @@ def verify_ticket(
     checks += _binding(claims, data, view)
     # (6) The decision is in the log that the checkpoint speaks of.
     checks.append(_inclusion(ticket.audit))
+    # (7) That checkpoint is signed by the log, where the verifier pinned its key as well.
+    checks.append(_log(claims, ticket.audit, log_keys))
     verdict = Verdict(subject, tuple(checks), simulated=simulated or claims.realm == "simulated")
     return verdict, ticket if verdict.passed else None
 
@@ -176,14 +180,26 @@ def _within(
     )  # fmt: skip
 
 
-def _inclusion(proof: AuditProof) -> Check:
+def _inclusion(audit: AuditProof) -> Check:
+    proof = audit.proof
     try:
-        _origin, size, root = checkpoint_tree(proof.checkpoint)
-    except FormatError as error:
+        checkpoint = read_checkpoint(proof.note)
+    except InputError as error:
         return check("ticket.audit", passed=False, reason=error.message)
-    path = [bytes.fromhex(item) for item in proof.path]
-    found = merkle.root_from_path(bytes.fromhex(proof.leaf), proof.index, size, path)
+    found = merkle.root_from_path(audit.leaf, proof.index, checkpoint.size, proof.path)
     return check(
-        "ticket.audit", passed=found == root, observed=f"leaf {proof.index} of {size}",
+        "ticket.audit",
+        passed=proof.size == checkpoint.size and found == checkpoint.root,
+        observed=f"leaf {proof.index} of {checkpoint.size} in {checkpoint.origin}",
         reason="the path does not lead from the decision to the checkpoint",
-    )  # fmt: skip
+    )
+
+
+def _log(claims: TicketClaims, audit: AuditProof, keys: Sequence[bytes]) -> Check:
+    if not keys:
+        return not_asked("ticket.log", reason="no key of the log is pinned")
+    try:
+        audit.proof.verify(audit.leaf, keys, instance=claims.kbs)
+    except (InputError, Tampered) as error:
+        return check("ticket.log", passed=False, reason=error.message)
+    return check("ticket.log", passed=True)

@@ -5,8 +5,6 @@ What a verifier makes of one is ``cai.attest.ticket``.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from cai import jcs, merkle
+from cai.attest.checkpoint import CheckpointProof
 from cai.attest.tdx.facts import TdxFacts
 from cai.errors import FormatError, SettingError
 from cai.settings import Section
@@ -46,12 +45,6 @@ MAX_CHANNEL_KEYS = 64
 MAX_MODELS = 64
 """Most models of one ticket."""
 
-MAX_PATH = 63
-"""Longest inclusion path, hashes."""
-
-MAX_CHECKPOINT = 4096
-"""Longest checkpoint, characters."""
-
 MAX_TTL_S = 86_400
 """Longest lifetime, seconds."""
 
@@ -69,25 +62,16 @@ class AuditProof:
     """That the decision is in the broker's log.
 
     Attributes:
-        checkpoint: the signed note (C2SP), text.
-        index: place of the decision's leaf.
-        leaf: its leaf hash, hex.
-        path: inclusion path to the checkpoint's root, bottom up, hex.
+        leaf: hash of the decision's leaf, 32 bytes.
+        proof: that the log of a signed checkpoint holds it.
     """
 
-    checkpoint: str
-    index: int
-    leaf: str
-    path: tuple[str, ...]
+    leaf: bytes
+    proof: CheckpointProof
 
     def to_json(self) -> dict[str, Any]:
         """The proof as a member of the ticket."""
-        return {
-            "checkpoint": self.checkpoint,
-            "index": self.index,
-            "leaf": self.leaf,
-            "path": list(self.path),
-        }
+        return self.proof.to_json() | {"leaf": self.leaf.hex()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,28 +203,6 @@ def ticket_digest(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def checkpoint_tree(note: str) -> tuple[str, int, bytes]:
-    """Origin, size and root of a checkpoint (C2SP tlog-checkpoint); signatures are not looked at.
-
-    Raises:
-        FormatError: not a checkpoint.
-    """
-    body, separator, _signatures = note.partition("\n\n")
-    lines = body.split("\n")
-    if len(note) > MAX_CHECKPOINT or not separator or len(lines) < 3 or not lines[0]:
-        raise FormatError("checkpoint: expected origin, size and root, then signatures")
-    size, root = lines[1], lines[2]
-    if not re.fullmatch(r"0|[1-9][0-9]{0,15}", size, re.ASCII):
-        raise FormatError("checkpoint: the size is not a number")
-    try:
-        decoded = base64.b64decode(root.encode("ascii"), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise FormatError("checkpoint: the root is not base64") from error
-    if len(decoded) != merkle.HASH_SIZE:
-        raise FormatError(f"checkpoint: the root has {len(decoded)} bytes")
-    return lines[0], int(size), decoded
-
-
 def hex_member(section: Section, name: str, size: int, *, empty: bool = False) -> str:
     """A member of ``2 * size`` lower-case hex digits.
 
@@ -297,20 +259,12 @@ def _claims(section: Section) -> TicketClaims:
 
 
 def _audit(section: Section) -> AuditProof:
-    inner = section.section("audit")
-    if inner is None:
+    value = section.raw("audit")
+    if not isinstance(value, dict):
         raise FormatError("ticket: audit is missing")
-    checkpoint = inner.text("checkpoint")
-    if len(checkpoint) > MAX_CHECKPOINT:
-        raise FormatError(f"ticket: the checkpoint has more than {MAX_CHECKPOINT} characters")
-    proof = AuditProof(
-        checkpoint=checkpoint,
-        index=inner.integer("index", least=0, most=jcs.MAX_INTEGER, unit="leaves"),
-        leaf=hex_member(inner, "leaf", merkle.HASH_SIZE),
-        path=hex_list(inner, "path", merkle.HASH_SIZE, most=MAX_PATH, ordered=False),
-    )
-    inner.finish()
-    return proof
+    leaf = _hex(str(value.get("leaf")), "ticket.audit: leaf", merkle.HASH_SIZE)
+    rest = {name: member for name, member in value.items() if name != "leaf"}
+    return AuditProof(bytes.fromhex(leaf), CheckpointProof.from_json(rest))
 
 
 def _time(text: str) -> datetime:
