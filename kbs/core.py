@@ -12,9 +12,12 @@ from sqlalchemy import Connection
 from kbs.audit.checkpoint import Checkpoints
 from kbs.audit.leaf import Entry
 from kbs.audit.log import FAILURE_SECONDS, AuditLog, FailureCount, seconds_since_failures
-from kbs.database.tables import POLICY, RESOURCE
+from kbs.database.tables import POLICY
 from kbs.instance import Instance
+from kbs.keys.signing import KeyName
 from kbs.protocol.sessions import SessionStore
+from kbs.resources.settings import ResourceSettings
+from kbs.resources.store import ResourceStore
 from kbs.rows import SealedRows
 
 
@@ -24,15 +27,26 @@ class Core:
     Args:
         instance: its open database and keys.
         clock: the time; nobody outside can give it.
+        resources: limits and retention of resources, and which live elsewhere.
     """
 
-    def __init__(self, instance: Instance, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        clock: Callable[[], datetime],
+        *,
+        resources: ResourceSettings | None = None,
+    ) -> None:
         self.instance = instance
         self.clock = clock
         self.database = instance.database
         self.audit = AuditLog(instance.id, instance.realm.value)
         realm, sealer = instance.realm.value, instance.sealer
-        self.resources = SealedRows(RESOURCE, instance=instance.id, realm=realm, sealer=sealer)
+        self.signing = instance.signing
+        self.resources = ResourceStore(
+            instance.database, instance.keyring, instance=instance.id, realm=realm, clock=clock,
+            settings=resources or ResourceSettings(),
+        )  # fmt: skip
         self.policies = SealedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer)
         self.sessions = SessionStore(instance=instance.id, realm=realm, sealer=sealer)
         self.checkpoints = Checkpoints(
@@ -67,9 +81,7 @@ class Core:
         self.database.close()
 
     def _checkpoint_key(self, connection: Connection) -> Ed25519PrivateKey:
-        from kbs.keys.signing import KeyName
-
-        return self.signing.current(connection, KeyName.CHECKPOINT).ed25519  # type: ignore[attr-defined, no-any-return]
+        return self.signing.current(connection, KeyName.CHECKPOINT).ed25519
 
 
 def _counted(counts: dict[str, int]) -> Entry:

@@ -22,8 +22,6 @@ from cai.errors import (
     InputMissing,
     SettingError,
     StorageError,
-    Tampered,
-    WrongKey,
     from_os_error,
 )
 from cai.secret import Secret, read_secret_file, write_secret_file
@@ -32,14 +30,17 @@ from kbs.database.engine import Database
 from kbs.database.opening import open_database
 from kbs.database.settings import DatabaseSettings
 from kbs.database.tables import AUDIT_HEAD, INSTANCE, SECRET
-from kbs.keys.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
+from kbs.keys.keyring import Keyring
+from kbs.keys.rowkey import new_row_key, open_row_key, row_key_state, store_row_key
+from kbs.keys.sealing import RowIdentity, Sealer, require_outside
+from kbs.keys.settings import KeySettings
+from kbs.keys.signing import KeyName, SigningKeys
 from kbs.names import Realm
 
 ADMIN_KEY_NAME = "admin.key"
 """The administrator's private key in the data directory; it may be moved away."""
 
 _ADMIN_KEY = "admin-key"
-_TOKEN_KEY = "token-key"  # noqa: S105 - the name of a row
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,20 @@ class Instance:
         id: random, 32 hex digits, made with the database.
         realm: fixed at creation.
         database: the open database.
+        keyring: the providers of key encryption keys.
         sealer: opens its rows.
+        signing: its own signing keys.
         admin_key: public key that administrators' tokens are checked with.
-        token_key: signs attestation tokens; never leaves this process.
+        token_key: signed attestation tokens when the database was opened; ``signing`` knows the
+            current one.
     """
 
     id: str
     realm: Realm
     database: Database
+    keyring: Keyring
     sealer: Sealer
+    signing: SigningKeys
     admin_key: Ed25519PublicKey
     token_key: ec.EllipticCurvePrivateKey
 
@@ -76,6 +82,7 @@ def open_instance(
     *,
     now: datetime,
     database: DatabaseSettings | None = None,
+    keys: KeySettings | None = None,
 ) -> Instance:
     """Open the key broker's database, creating everything on first start.
 
@@ -88,6 +95,7 @@ def open_instance(
         realm: which platforms it may release to.
         now: the time.
         database: where the database is; ``None`` is SQLite in ``data``.
+        keys: the providers of key encryption keys; ``None`` is ``kek_file`` alone.
 
     Raises:
         SettingError: the key encryption key lies inside ``data``, the database is of the other
@@ -100,15 +108,16 @@ def open_instance(
     opened = open_database(data, database or DatabaseSettings())
     try:
         found = _found(opened)
+        keyring = _keyring(keys or KeySettings(), kek_file, data, opened, create=found is None)
         if found is None:
             with opened.write() as connection:
                 _hold_creation(connection)
                 # Another replica may have been first.
-                found = _row(connection) or _create(connection, data, kek_file, realm, now=now)
+                found = _row(connection) or _create(connection, data, keyring, realm, now=now)
         instance_id, found_realm = found
         if found_realm != realm.value:
             raise _other_realm(opened.where, found_realm)
-        return _open(opened, instance_id, realm, Sealer(_kek_of_another(kek_file, opened)))
+        return _open(opened, instance_id, realm, keyring)
     except BaseException:
         opened.close()
         raise
@@ -148,30 +157,27 @@ def _hold_creation(connection: Connection) -> None:
 
 
 def _create(
-    connection: Connection, data: Path, kek_file: Path, realm: Realm, *, now: datetime
+    connection: Connection, data: Path, keyring: Keyring, realm: Realm, *, now: datetime
 ) -> tuple[str, str]:
     # A first start that was interrupted leaves key files behind; they are used again.
-    kek = read_kek(kek_file) if kek_file.exists() else create_kek(kek_file)
-    sealer = Sealer(kek)
     admin = _first_admin(data)
-    token_key = ec.generate_private_key(ec.SECP256R1())
     instance_id = uuid.uuid4().hex
+    row_key, key = new_row_key(keyring, instance=instance_id, realm=realm.value)
+    sealer = Sealer(key)
     created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     connection.execute(insert(INSTANCE).values(id=instance_id, realm=realm.value, created=created))
     connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
-    secrets = {
-        _ADMIN_KEY: admin.public_bytes_raw(),
-        _TOKEN_KEY: token_key.private_bytes(
-            serialization.Encoding.DER,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
-    }
-    for path, contents in secrets.items():
-        sealed = sealer.seal(_identity(instance_id, realm, path), contents)
-        connection.execute(insert(SECRET).values(path=path, version=1, sealed=sealed))
-    entry = Entry("instance.create", {"kind": "system"}, uuid.uuid4().hex, allowed=True)
-    AuditLog(instance_id, realm.value).append(connection, entry, now)
+    sealed = sealer.seal(_identity(instance_id, realm, _ADMIN_KEY), admin.public_bytes_raw())
+    connection.execute(insert(SECRET).values(path=_ADMIN_KEY, version=1, sealed=sealed))
+    signing = SigningKeys(instance=instance_id, realm=realm.value, sealer=sealer)
+    log, request = AuditLog(instance_id, realm.value), uuid.uuid4().hex
+    system = {"kind": "system"}
+    log.append(connection, Entry("instance.create", system, request, allowed=True), now)
+    for change in (store_row_key(connection, row_key), *signing.create(connection, now=now)):
+        entry = Entry(
+            "key.create", system, request, allowed=True, subject=change.object, change=change
+        )
+        log.append(connection, entry, now)
     return instance_id, realm.value
 
 
@@ -187,31 +193,29 @@ def _first_admin(data: Path) -> Ed25519PublicKey:
     return read_admin_key(admin_file).public_key()
 
 
-def _kek_of_another(kek_file: Path, database: Database) -> Secret:
+def _keyring(
+    keys: KeySettings, kek_file: Path, data: Path, database: Database, *, create: bool
+) -> Keyring:
     try:
-        return read_kek(kek_file)
+        return keys.open(kek_file, data=data, create=create)
     except InputMissing as error:
-        if database.is_shared:
+        if database.is_shared and error.hint is not None:
             error.hint = "copy it from the replica that made the database"
         raise
 
 
-def _open(database: Database, instance_id: str, realm: Realm, sealer: Sealer) -> Instance:
+def _open(database: Database, instance_id: str, realm: Realm, keyring: Keyring) -> Instance:
     with database.read() as connection:
-        try:
-            admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
-        except Tampered as error:
-            raise WrongKey(
-                "the key encryption key does not open this database",
-                hint="give --kek the file that was made with it",
-            ) from error
-        token = _secret(connection, sealer, instance_id, realm, _TOKEN_KEY)
-    token_key = serialization.load_der_private_key(token, password=None)
-    if not isinstance(token_key, ec.EllipticCurvePrivateKey):
-        raise FormatError("the token key is not an EC key")
+        state = row_key_state(connection)
+    sealer = Sealer(open_row_key(state, keyring, instance=instance_id, realm=realm.value))
+    signing = SigningKeys(instance=instance_id, realm=realm.value, sealer=sealer)
+    with database.read() as connection:
+        admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
+        token_key = signing.current(connection, KeyName.TOKEN).es256
     return Instance(
-        instance_id, realm, database, sealer, Ed25519PublicKey.from_public_bytes(admin), token_key
-    )
+        instance_id, realm, database, keyring, sealer, signing,
+        Ed25519PublicKey.from_public_bytes(admin), token_key,
+    )  # fmt: skip
 
 
 def _secret(

@@ -142,7 +142,9 @@ def test_a_deleted_policy_is_detected(allowed: Site, visitor: Visitor) -> None:
 def test_an_invented_row_is_detected(allowed: Site, visitor: Visitor) -> None:
     edit(
         allowed,
-        "INSERT INTO resource SELECT 'models/minilm/new', version, owner, sealed FROM resource",
+        "CREATE TABLE one AS SELECT * FROM resource",
+        "UPDATE one SET path = 'models/minilm/new'",
+        "INSERT INTO resource SELECT * FROM one",
     )
     _, cookie = visitor.attested(allowed)
     assert allowed.get(cookie, "models/minilm/new").status_code == 500
