@@ -59,19 +59,33 @@ def require_current(database: Database) -> None:
     wanted = wanted_revision()
     if found == wanted:
         return
-    if found is not None and found not in _known_revisions():
-        raise FormatError(
-            f"{database.where}: its schema {found} is not of this program, which reads {wanted}",
-            hint="use the newer program that upgraded it",
-        )
+    if found is not None:
+        require_revision(found, where=database.where)
     raise SettingError(
         f"{database.where}: the schema is {found or 'empty'}, this program needs {wanted}",
         hint="kbs db upgrade",
     )
 
 
-def upgrade(database: Database) -> tuple[str | None, str]:
+def require_revision(found: str, *, where: str) -> None:
+    """Refuse a schema that this program does not know.
+
+    Raises:
+        FormatError: a newer program made it.
+    """
+    if found not in _known_revisions():
+        raise FormatError(
+            f"{where}: its schema {found} is not of this program, which reads {wanted_revision()}",
+            hint="use the newer program that upgraded it",
+        )
+
+
+def upgrade(database: Database, *, to: str | None = None) -> tuple[str | None, str]:
     """Bring the tables up to date, in one transaction; two programs at once wait for each other.
+
+    Args:
+        database: empty, or of this program's schema or an older one.
+        to: revision to stop at; ``None`` is this program's.
 
     Returns:
         The revision before and the one now.
@@ -81,20 +95,17 @@ def upgrade(database: Database) -> tuple[str | None, str]:
     """
     from alembic import command
 
-    wanted = wanted_revision()
+    wanted = to or wanted_revision()
     with database.write() as connection:
         if database.is_shared:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         before = found_revision(connection)
-        if before is not None and before not in _known_revisions():
-            raise FormatError(
-                f"{database.where}: its schema {before} is not of this program",
-                hint="use the newer program that upgraded it",
-            )
+        if before is not None:
+            require_revision(before, where=database.where)
         if before != wanted:
             config = _config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, wanted)
     return before, wanted
 
 
