@@ -12,13 +12,17 @@ from sqlalchemy import Connection
 from kbs.audit.checkpoint import Checkpoints
 from kbs.audit.leaf import Entry
 from kbs.audit.log import FAILURE_SECONDS, AuditLog, FailureCount, seconds_since_failures
-from kbs.database.tables import POLICY
+from kbs.database.tables import POLICY, REFERENCE
 from kbs.instance import Instance
 from kbs.keys.signing import KeyName
+from kbs.policy.pool import RegoPool
+from kbs.policy.reference_store import ReferenceStore
+from kbs.policy.settings import PolicySettings
+from kbs.policy.store import PolicyStore
 from kbs.protocol.sessions import SessionStore
 from kbs.resources.settings import ResourceSettings
 from kbs.resources.store import ResourceStore
-from kbs.rows import SealedRows
+from kbs.rows import VersionedRows
 
 
 class Core:
@@ -28,6 +32,7 @@ class Core:
         instance: its open database and keys.
         clock: the time; nobody outside can give it.
         resources: limits and retention of resources, and which live elsewhere.
+        policy: limits of Rego evaluations, and life of reference values.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Core:
         clock: Callable[[], datetime],
         *,
         resources: ResourceSettings | None = None,
+        policy: PolicySettings | None = None,
     ) -> None:
         self.instance = instance
         self.clock = clock
@@ -47,10 +53,18 @@ class Core:
             instance.database, instance.keyring, instance=instance.id, realm=realm, clock=clock,
             settings=resources or ResourceSettings(),
         )  # fmt: skip
-        self.policies = SealedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer)
+        self.policy_settings = policy or PolicySettings()
+        self.rego = RegoPool(self.policy_settings)
+        self.policies = PolicyStore(
+            VersionedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer),
+            self.policy_settings,
+        )
+        self.references = ReferenceStore(
+            VersionedRows(REFERENCE, instance=instance.id, realm=realm, sealer=sealer)
+        )
         self.sessions = SessionStore(instance=instance.id, realm=realm, sealer=sealer)
         self.checkpoints = Checkpoints(
-            self.database, instance=instance.id, signer=self._checkpoint_key
+            self.database, instance=instance.id, signers=self._checkpoint_keys
         )
         self._failures = FailureCount()
 
@@ -78,10 +92,12 @@ class Core:
         rest = self._failures.rest()
         if rest:
             self.record(_counted(rest))
+        self.rego.close()
         self.database.close()
 
-    def _checkpoint_key(self, connection: Connection) -> Ed25519PrivateKey:
-        return self.signing.current(connection, KeyName.CHECKPOINT).ed25519
+    def _checkpoint_keys(self, connection: Connection) -> list[Ed25519PrivateKey]:
+        living = self.signing.living(connection, KeyName.CHECKPOINT, self.clock())
+        return [key.ed25519 for key in living]
 
 
 def _counted(counts: dict[str, int]) -> Entry:

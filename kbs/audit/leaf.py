@@ -83,7 +83,7 @@ class Entry:
         return self.change is not None if self.administrative is None else self.administrative
 
     def encode(
-        self, *, instance: str, realm: str, seq: int, changes: int, at: datetime
+        self, *, instance: str, realm: str, seq: int, changes: int, checkpoint: int, at: datetime
     ) -> bytes:
         """The leaf's canonical bytes (spec-audit §3).
 
@@ -92,6 +92,7 @@ class Entry:
             realm: its realm.
             seq: place in the log, from 0.
             changes: administrative changes in the log, this one included.
+            checkpoint: leaves of the newest checkpoint; so that none can disappear unseen.
             at: the broker's time.
         """
         value: dict[str, Any] = {
@@ -100,6 +101,7 @@ class Entry:
             "realm": realm,
             "seq": seq,
             "changes": changes,
+            "checkpoint": checkpoint,
             "time": encode_time(at),
             "action": self.action,
             "actor": {name: plain(text) for name, text in self.actor.items()},

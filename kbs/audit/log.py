@@ -48,6 +48,7 @@ class Head:
         changes: administrative changes among them.
         frontier: hashes of the maximal complete subtrees, from left to right.
         origin: of checkpoints, where a restore made another than the instance's own; else empty.
+        checkpoint: leaves of the newest checkpoint of that origin; 0 without one.
         failures: place of the newest leaf that counts failures; -1 without one.
     """
 
@@ -55,6 +56,7 @@ class Head:
     changes: int
     frontier: tuple[bytes, ...]
     origin: str
+    checkpoint: int
     failures: int
 
     @property
@@ -88,8 +90,9 @@ class AuditLog:
         head = read_head(connection, lock=True)
         seq, changes = head.size, head.changes + entry.counts
         leaf = entry.encode(
-            instance=self.instance, realm=self.realm, seq=seq, changes=changes, at=at
-        )
+            instance=self.instance, realm=self.realm, seq=seq, changes=changes,
+            checkpoint=head.checkpoint, at=at,
+        )  # fmt: skip
         frontier, completed = tree.appended(head.frontier, seq, leaf_hash(leaf))
         connection.execute(
             update(AUDIT_HEAD)
@@ -138,7 +141,9 @@ def read_head(connection: Connection, *, lock: bool = False) -> Head:
             "the head of the audit log does not fit its size",
             hint="the database was edited; restore it from a backup",
         )
-    return Head(row.size, row.changes, tuple(frontier), row.origin, row.failures)
+    return Head(
+        row.size, row.changes, tuple(frontier), row.origin, row.checkpoint, row.failures
+    )
 
 
 def changes(connection: Connection) -> int:

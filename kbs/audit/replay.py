@@ -31,6 +31,7 @@ class Replay:
         size: leaves so far.
         origin: of checkpoints at this size.
         changes: administrative changes so far; ``None`` where that is not known.
+        named: origin and size of every checkpoint that a leaf names.
         simulated: whether the log is of the simulated realm.
     """
 
@@ -48,9 +49,11 @@ class Replay:
         self.size = start
         self.origin = origin or ORIGIN_PREFIX + instance
         self.changes: int | None = 0 if start == 0 else None
+        self.named: set[tuple[str, int]] = set()
         self._instance = instance
         self._realm = realm
         self._frontier = list(frontier)
+        self._signed = 0
 
     @property
     def simulated(self) -> bool:
@@ -132,11 +135,19 @@ class Replay:
             f"{name}: the count of changes goes from {before} to {count}",
         )  # fmt: skip
         self.changes = count if type(count) is int else before
+        signed = leaf.get("checkpoint")
+        if self.report.require(
+            report.LEAF_CHECKPOINT, type(signed) is int and self._signed <= signed <= place,
+            f"{name}: it names a checkpoint of {signed} leaves after one of {self._signed}",
+        ):  # fmt: skip
+            self._signed = int(str(signed))
+        if self._signed:
+            self.named.add((self.origin, self._signed))
         if leaf.get("action") == ORIGIN_ACTION:
             details = leaf.get("details")
             origin = details.get("origin") if isinstance(details, dict) else None
             if isinstance(origin, str) and origin.startswith(f"{ORIGIN_PREFIX}{self._instance}/"):
-                self.origin = origin
+                self.origin, self._signed = origin, 0
             else:
                 self.report.fail(report.LEAF_FORM, f"{name}: it names no origin")
 

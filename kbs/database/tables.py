@@ -82,11 +82,19 @@ POLICY: Final = Table(
     "policy",
     METADATA,
     Column("path", Text, primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("owner", Text, nullable=False),
+    Column("version", Integer, primary_key=True, autoincrement=False),
     Column("sealed", LargeBinary, nullable=False),
 )
-"""Newest version of each policy: ``release`` (Rego) and ``verification`` (policy.toml)."""
+"""Every version of each policy, by ``kbs.policy.names``."""
+
+REFERENCE: Final = Table(
+    "reference",
+    METADATA,
+    Column("path", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""Every version of reference values and of the keys that sign them."""
 
 SESSION: Final = Table(
     "session",
@@ -140,11 +148,12 @@ AUDIT_HEAD: Final = Table(
     Column("changes", BigInteger, nullable=False, default=0),
     Column("frontier", LargeBinary, nullable=False, default=b""),
     Column("origin", Text, nullable=False, default=""),
+    Column("checkpoint", BigInteger, nullable=False, default=0),
     Column("failures", BigInteger, nullable=False, default=-1),
 )
 """One row that every decision locks: how many leaves there are, how many administrative changes,
 the hashes of the maximal complete subtrees, the origin of checkpoints where a restore made another,
-and the place of the newest leaf that counts failures."""
+the size of the newest checkpoint, and the place of the newest leaf that counts failures."""
 
 AUDIT: Final = Table(
     "audit",

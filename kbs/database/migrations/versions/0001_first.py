@@ -59,8 +59,13 @@ def upgrade() -> None:
     op.create_table(
         "policy",
         Column("path", Text, primary_key=True),
-        Column("version", Integer, nullable=False),
-        Column("owner", Text, nullable=False),
+        Column("version", Integer, primary_key=True, autoincrement=False),
+        Column("sealed", LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "reference",
+        Column("path", Text, primary_key=True),
+        Column("version", Integer, primary_key=True, autoincrement=False),
         Column("sealed", LargeBinary, nullable=False),
     )
     op.create_table(
@@ -103,6 +108,7 @@ def upgrade() -> None:
         Column("changes", BigInteger, nullable=False),
         Column("frontier", LargeBinary, nullable=False),
         Column("origin", Text, nullable=False),
+        Column("checkpoint", BigInteger, nullable=False),
         Column("failures", BigInteger, nullable=False),
     )
     op.create_table(
