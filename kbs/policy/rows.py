@@ -1,68 +1,23 @@
-"""The two policies that decide releases, as stored and as in force."""
+"""The policies of everybody, for callers that name no resource; gone once none is left."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import replace
 
 from sqlalchemy import Connection
 
-from cai.attest.policy import VerificationPolicy
-from cai.errors import InputMissing
-from kbs.policy.rego import ReleasePolicy
-from kbs.rows import SealedRows
+from kbs.names import ResourceName
+from kbs.policy.store import Policies, PolicyStore
 
-RELEASE_POLICY: Final = "release"
-"""Row of the Rego policy."""
+__all__ = ["Policies", "current_policies"]
 
-VERIFICATION_POLICY: Final = "verification"
-"""Row of ``policy.toml``."""
+_NOBODY = ResourceName("-", "-", "-")
 
 
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """The policies in force in one transaction."""
-
-    verification: VerificationPolicy | None = None
-    release: ReleasePolicy | None = None
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each policy's exact bytes, hex; empty text where none is set."""
-        return {
-            VERIFICATION_POLICY: self.verification.digest if self.verification else "",
-            RELEASE_POLICY: self.release.digest if self.release else "",
-        }
-
-
-def current_policies(rows: SealedRows, connection: Connection) -> Policies:
-    """The policies in force.
+def current_policies(store: PolicyStore, connection: Connection) -> Policies:
+    """The policies that apply where nothing more special is set.
 
     Raises:
         Tampered: a stored row is not the one that was stored.
     """
-    verification = rows.get(connection, VERIFICATION_POLICY)
-    release = rows.get(connection, RELEASE_POLICY)
-    return Policies(
-        None
-        if verification is None
-        else VerificationPolicy.parse(verification.contents, where="policy.toml"),
-        None if release is None else ReleasePolicy.stored(release.contents),
-    )
-
-
-def checked_digest(kind: str, text: bytes) -> str:
-    """Check a policy before it is stored.
-
-    Returns:
-        SHA-256 of its exact bytes, hex.
-
-    Raises:
-        FormatError, SettingError, LimitExceeded: the policy is not sound.
-        InputMissing: there is no such kind of policy.
-    """
-    if kind == RELEASE_POLICY:
-        return ReleasePolicy.parse(text).digest
-    if kind == VERIFICATION_POLICY:
-        return VerificationPolicy.parse(text, where="policy.toml").digest
-    raise InputMissing(f"there is no policy {kind[:32]!r}")
+    return replace(store.for_resource(connection, _NOBODY), tenant="")

@@ -9,6 +9,7 @@ GPUs still fits into an HTTP header.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from cai.attest.jwk import b64u_decode, b64u_encode
 from cai.attest.verdict import Check, Outcome
 from cai.errors import CaiError, Unauthenticated
 from kbs.names import Realm
+from kbs.policy.appraisal import Appraisal
 
 PROFILE: Final = "tag:github.com,2024:confidential-containers/Trustee"
 """``eat_profile`` that consumers of Trustee's tokens look for."""
@@ -102,6 +104,70 @@ def token_claims(
         "jti": ref,
         "iat": int(issued.timestamp()),
         "exp": expires,
+        "ear.verifier-id": {"developer": "CAI", "build": f"cai-kbs {__version__}"},
+        "submods": submods,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenContext:
+    """What a token says beside its submodules.
+
+    Attributes:
+        issuer: ``iss``.
+        audience: ``aud``.
+        use: ``release`` for this broker's own tokens, ``appraisal`` for those of ``/as/``.
+        issued: now.
+        expires: Unix seconds.
+        id: ``jti``; of a release token the reference of its session.
+    """
+
+    issuer: str
+    audience: str
+    use: str
+    issued: datetime
+    expires: int
+    id: str
+
+
+def ear_claims(
+    appraisal: Appraisal,
+    context: TokenContext,
+    *,
+    evidence: Mapping[str, str],
+    simulated: bool,
+) -> dict[str, Any]:
+    """The claims of a token made of an appraisal; also the input of resource policies.
+
+    Args:
+        appraisal: of the guest.
+        context: what the token says beside it.
+        evidence: digests of the evidence, hex; the evidence itself stays out, so that a guest with
+            many GPUs still fits into an HTTP header.
+        simulated: the facts are a simulated platform's.
+    """
+    submods: dict[str, Any] = {}
+    for item in appraisal.submodules:
+        annotated = dict(item.submodule.claims)
+        if item.submodule.name == CPU:
+            annotated["evidence"] = dict(evidence)
+        submods[item.submodule.name] = {
+            "ear.status": item.status,
+            "ear.trustworthiness-vector": dict(item.vector),
+            "ear.appraisal-policy-id": item.policy_id,
+            "cai.policy-sha256": item.policy_digest,
+            "ear.veraison.annotated-evidence": annotated,
+            "simulated": simulated,
+            **{str(extension["name"]): extension["value"] for extension in item.extensions},
+        }
+    return {
+        "eat_profile": PROFILE,
+        "iss": context.issuer,
+        "aud": context.audience,
+        "use": context.use,
+        "jti": context.id,
+        "iat": int(context.issued.timestamp()),
+        "exp": context.expires,
         "ear.verifier-id": {"developer": "CAI", "build": f"cai-kbs {__version__}"},
         "submods": submods,
     }
