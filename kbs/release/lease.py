@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
@@ -19,6 +19,9 @@ from kbs.audit.log import Change, newest_change
 from kbs.database.tables import LEASE
 from kbs.keys.sealing import RowIdentity, Sealer, row_hash
 from kbs.release.revocation import BlockKind, Target
+
+if TYPE_CHECKING:
+    from kbs.core import Core
 
 KEEP_S = 3600
 """How long an ended lease is still listed, seconds."""
@@ -113,6 +116,12 @@ class LeaseStore:
         self._instance = instance
         self._realm = realm
         self._sealer = sealer
+
+    @classmethod
+    def of(cls, core: Core) -> LeaseStore:
+        """The store of this broker."""
+        instance = core.instance
+        return cls(instance=instance.id, realm=instance.realm.value, sealer=instance.sealer)
 
     def grant(
         self, connection: Connection, wanted: Lease, *, renews: str, now: datetime

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
@@ -27,6 +27,9 @@ from kbs.database.tables import BLOCK
 from kbs.keys.sealing import RowIdentity, Sealer, row_hash
 from kbs.names import ResourceName
 from kbs.release.model import ModelFacts
+
+if TYPE_CHECKING:
+    from kbs.core import Core
 
 MAX_REASON = 512
 """Longest reason of a block, characters."""
@@ -178,6 +181,12 @@ class BlockStore:
         self._instance = instance
         self._realm = realm
         self._sealer = sealer
+
+    @classmethod
+    def of(cls, core: Core) -> BlockStore:
+        """The store of this broker."""
+        instance = core.instance
+        return cls(instance=instance.id, realm=instance.realm.value, sealer=instance.sealer)
 
     def hits(self, connection: Connection, named: Iterable[Target]) -> tuple[Block, ...]:
         """The blocks of any of these.

@@ -42,7 +42,7 @@ def test_a_guest_that_proves_itself_gets_the_key(allowed: Site, visitor: Visitor
         "gpu.unsafe_without_rim", "gpu.unsafe_without_ocsp", "unsafe_simulated_root",
     ]  # fmt: skip
     assert row["hardware"]["ppid"]
-    assert set(row["policies"]) == {"release", "verification"}
+    assert set(row["policies"]) == {"resource/", "verification/default"}
     assert len(row["evidence"]["quote_sha256"]) == 64
     assert not failed(row)
 
