@@ -20,6 +20,7 @@ from kbs.policy.reference_store import ReferenceStore
 from kbs.policy.settings import PolicySettings
 from kbs.policy.store import PolicyStore
 from kbs.protocol.sessions import SessionStore
+from kbs.resources.rotation import Rotation
 from kbs.resources.settings import ResourceSettings
 from kbs.resources.store import ResourceStore
 from kbs.rows import VersionedRows
@@ -55,6 +56,9 @@ class Core:
         )  # fmt: skip
         self.policy_settings = policy or PolicySettings()
         self.rego = RegoPool(self.policy_settings)
+        self.rotation = Rotation(
+            instance.database, instance.keyring, instance=instance.id, realm=realm
+        )
         self.policies = PolicyStore(
             VersionedRows(POLICY, instance=instance.id, realm=realm, sealer=sealer),
             self.policy_settings,
@@ -93,6 +97,7 @@ class Core:
         if rest:
             self.record(_counted(rest))
         self.rego.close()
+        self.instance.keyring.close()
         self.database.close()
 
     def _checkpoint_keys(self, connection: Connection) -> list[Ed25519PrivateKey]:

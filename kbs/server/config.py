@@ -22,6 +22,7 @@ from kbs.database.settings import DatabaseSettings
 from kbs.keys.settings import KeySettings
 from kbs.policy.settings import PolicySettings
 from kbs.release.settings import ReleaseSettings
+from kbs.resources.settings import ResourceSettings
 from kbs.server.settings import (
     Compat,
     HttpSettings,
@@ -52,6 +53,7 @@ class ServeSettings:
         ocsp: directory of NVIDIA's revocation answers.
         database: where the state is.
         keys: who wraps keys.
+        resources: limits and retention of resources, and which live elsewhere.
         policy: how policies are evaluated.
         release: leases and tickets.
         admin: administrators and their listener.
@@ -71,6 +73,7 @@ class ServeSettings:
     ocsp: Path | None = None
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     keys: KeySettings = field(default_factory=KeySettings)
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
@@ -116,6 +119,7 @@ def settings_from(value: Mapping[str, Any], *, where: str) -> ServeSettings:
         unsafe_simulated_root=optional_path(evidence, "unsafe_simulated_root"),
         database=DatabaseSettings.from_table(top.section("database")),
         keys=KeySettings.from_table(top.section("keys")),
+        resources=ResourceSettings.from_table(top.section("resources")),
         policy=PolicySettings.from_table(top.section("policy")),
         release=ReleaseSettings.from_table(top.section("release")),
         admin=AdminSettings.from_table(

@@ -88,7 +88,7 @@ def open_broker(
     database = settings.database or DatabaseSettings()
     instance = open_instance(
         settings.data, settings.kek or default_kek(settings.data), realm, now=clock(),
-        database=database,
+        database=database, keys=settings.keys,
     )  # fmt: skip
     unsafe = (() if root is None else (UNSAFE_SIMULATED,)) + database.unsafe
     verifier = Verifier(anchors, realm, Endorsements(collateral, rims, ocsp))
