@@ -6,6 +6,7 @@ First start creates, beside each other: the data directory (0700) with the datab
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import Connection, insert, select
 
 from cai.errors import (
     FormatError,
@@ -27,7 +28,7 @@ from cai.errors import (
 from cai.secret import Secret, read_secret_file, write_secret_file
 from kbs.audit.log import AuditLog, Entry
 from kbs.database.engine import Database
-from kbs.database.opening import open_database
+from kbs.database.opening import hold_creation, open_database
 from kbs.database.settings import DatabaseSettings
 from kbs.database.tables import AUDIT_HEAD, INSTANCE, SECRET
 from kbs.keys.keyring import Keyring
@@ -104,23 +105,22 @@ def open_instance(
         InputError, StorageError: something cannot be read or written.
     """
     require_outside(kek_file, data)
-    _private_directory(data)
+    private_directory(data)
     opened = open_database(data, database or DatabaseSettings())
-    try:
-        found = _found(opened)
-        keyring = _keyring(keys or KeySettings(), kek_file, data, opened, create=found is None)
+    with contextlib.ExitStack() as undo:
+        undo.callback(opened.close)
+        with opened.read() as connection:
+            found = _row(connection)
         if found is None:
-            with opened.write() as connection:
-                _hold_creation(connection)
-                # Another replica may have been first.
-                found = _row(connection) or _create(connection, data, keyring, realm, now=now)
+            found = _create_once(opened, data, kek_file, keys or KeySettings(), realm, now=now)
         instance_id, found_realm = found
         if found_realm != realm.value:
             raise _other_realm(opened.where, found_realm)
-        return _open(opened, instance_id, realm, keyring)
-    except BaseException:
-        opened.close()
-        raise
+        keyring = _keyring(keys or KeySettings(), kek_file, data, opened)
+        undo.callback(keyring.close)
+        instance = _open(opened, instance_id, realm, keyring)
+        undo.pop_all()
+    return instance
 
 
 def read_admin_key(path: Path) -> Ed25519PrivateKey:
@@ -140,20 +140,23 @@ def read_admin_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _found(database: Database) -> tuple[str, str] | None:
-    with database.read() as connection:
-        return _row(connection)
-
-
 def _row(connection: Connection) -> tuple[str, str] | None:
     row = connection.execute(select(INSTANCE.c.id, INSTANCE.c.realm)).one_or_none()
     return None if row is None else (row.id, row.realm)
 
 
-def _hold_creation(connection: Connection) -> None:
-    """Let one program at a time create the instance; SQLite's write transaction does already."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"LOCK TABLE {INSTANCE.name} IN SHARE ROW EXCLUSIVE MODE"))
+def _create_once(
+    database: Database, data: Path, kek_file: Path, keys: KeySettings, realm: Realm, *,
+    now: datetime,
+) -> tuple[str, str]:  # fmt: skip
+    """Create the instance, unless another replica is first; only the one that does makes keys."""
+    with database.write() as connection:
+        hold_creation(connection)
+        found = _row(connection)
+        if found is not None:
+            return found
+        with contextlib.closing(keys.open(kek_file, data=data, create=True)) as keyring:
+            return _create(connection, data, keyring, realm, now=now)
 
 
 def _create(
@@ -193,11 +196,9 @@ def _first_admin(data: Path) -> Ed25519PublicKey:
     return read_admin_key(admin_file).public_key()
 
 
-def _keyring(
-    keys: KeySettings, kek_file: Path, data: Path, database: Database, *, create: bool
-) -> Keyring:
+def _keyring(keys: KeySettings, kek_file: Path, data: Path, database: Database) -> Keyring:
     try:
-        return keys.open(kek_file, data=data, create=create)
+        return keys.open(kek_file, data=data, create=False)
     except InputMissing as error:
         if database.is_shared and error.hint is not None:
             error.hint = "copy it from the replica that made the database"
@@ -243,7 +244,12 @@ def _other_realm(path: str, found: str) -> SettingError:
     )
 
 
-def _private_directory(path: Path) -> None:
+def private_directory(path: Path) -> None:
+    """Make a directory that is ours alone, or find it so.
+
+    Raises:
+        InputError, StorageError: it cannot be made, or others may enter it.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = path.stat().st_mode

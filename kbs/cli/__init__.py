@@ -10,7 +10,7 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import audit, policy, resource
+from kbs.cli import audit, db, policy, resource
 from kbs.cli.serve import serve
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(serve)
 app.add_typer(resource.app, name="resource")
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")
+app.add_typer(db.app, name="db")
 
 
 def main() -> None:

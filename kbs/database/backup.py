@@ -22,11 +22,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection, MetaData, Table, func, insert, select, text
+from sqlalchemy import Connection, MetaData, Table, func, insert, select
 
 from cai import jcs
 from cai.errors import FormatError, InputMissing, StorageError, Tampered, from_os_error
 from kbs.database.engine import Database
+from kbs.database.opening import hold_creation
 from kbs.database.schema import found_revision, require_revision, upgrade
 from kbs.database.tables import AUDIT_CHECKPOINT, AUDIT_HEAD, INSTANCE, METADATA
 from kbs.database.trouble import translated
@@ -248,10 +249,9 @@ def _reflected(connection: Connection, name: str) -> Table | None:
 
 def _copy_rows(source: Connection, there: Table, target: Connection, here: Table) -> int:
     count = 0
-    rows = source.execution_options(stream_results=True).execute(
-        select(there).order_by(*there.primary_key.columns)
-    )
-    for batch in rows.mappings().partitions(BATCH):
+    query = select(there).order_by(*there.primary_key.columns)
+    rows = source.execute(query.execution_options(yield_per=BATCH))
+    for batch in rows.mappings().partitions():
         target.execute(insert(here), [dict(row) for row in batch])
         count += len(batch)
     return count
@@ -264,9 +264,8 @@ def _require_same(source: Connection, manifest: Manifest) -> None:
 
 
 def _require_empty(target: Connection, database: Database) -> None:
-    if target.dialect.name == "postgresql":
-        # A broker that starts at this moment waits, and then finds the restored instance.
-        target.execute(text(f"LOCK TABLE {INSTANCE.name} IN SHARE ROW EXCLUSIVE MODE"))
+    # A broker that starts at this moment waits, and then finds the restored instance.
+    hold_creation(target)
     for table in METADATA.sorted_tables:
         if target.execute(select(func.count()).select_from(table)).scalar_one():
             raise StorageError(

@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Final
 
+from sqlalchemy import Connection, text
+
 from cai.errors import from_os_error
 from kbs.database.engine import Database
 from kbs.database.schema import require_current, upgrade
 from kbs.database.settings import DatabaseSettings
+from kbs.database.tables import INSTANCE
 
 DATABASE_NAME: Final = "kbs.sqlite"
 """The SQLite database in the data directory."""
@@ -53,3 +56,12 @@ def open_database(data: Path, settings: DatabaseSettings) -> Database:
         database.close()
         raise
     return database
+
+
+def hold_creation(connection: Connection) -> None:
+    """Let one program at a time fill an empty database, until this transaction ends.
+
+    On SQLite every write transaction does that already.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"LOCK TABLE {INSTANCE.name} IN SHARE ROW EXCLUSIVE MODE"))

@@ -205,5 +205,5 @@ LEASE: Final = Table(
     Column("ends", BigInteger, nullable=False, index=True),
     Column("sealed", LargeBinary, nullable=False),
 )
-"""Leases; ``version`` counts the renewals, ``ends`` is when the last request of the newest one ends,
-Unix seconds."""
+"""Leases; ``version`` counts the renewals, ``ends`` is when the last request of the newest one
+ends, Unix seconds."""
