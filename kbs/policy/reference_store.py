@@ -153,8 +153,11 @@ class ReferenceStore:
 
     def put_bundle(
         self, connection: Connection, name: ReferenceName, signed: SignedBundle, *, now: datetime
-    ) -> tuple[Change, Bundle]:
+    ) -> tuple[Change, Bundle, str]:
         """Store a bundle that a registered key signed.
+
+        Returns:
+            The change, the bundle, and the row path of the key.
 
         Raises:
             Refused: no key signed it, it has expired, or it is older than the stored one.
@@ -162,7 +165,7 @@ class ReferenceStore:
         """
         rows = self._all(connection)
         keys = _keys(rows, name.tenant)
-        bundle, _ = signed.opened(keys)
+        bundle, signer = signed.opened(keys)
         if bundle.name != name.name:
             raise FormatError(f"the bundle's name is {bundle.name}, not {name.name}")
         before = rows.get(name)
@@ -177,7 +180,7 @@ class ReferenceStore:
                     f"bundle {other.name} has {both[0][:64]!r} already",
                     hint="one value comes from one bundle; remove one of the two",
                 )
-        return self._rows.put(connection, name.path, signed.encode()), bundle
+        return self._rows.put(connection, name.path, signed.encode()), bundle, signer
 
     def put_values(
         self,
