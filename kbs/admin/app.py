@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 
-from kbs.admin import admins, audit, policies, resources
-from kbs.admin.changes import ChangeKinds
+from cai.attest.rcar import ErrorInformation
+from kbs.admin import admins, audit, keys, policies, proposals, references, resources
+from kbs.admin.changes import ChangeKinds, Proposed
 from kbs.admin.office import Office
 from kbs.admin.settings import AdminSettings
 from kbs.core import Core
 from kbs.release.broker import KeyBroker
-from kbs.server.answers import new_app
+from kbs.server.answers import json_answer, new_app, request_id
 
-ROOMS: Final = (admins, resources, audit, policies)
+ROOMS: Final = (admins, proposals, resources, keys, audit, references, policies)
 """Modules with routes; those with the most general paths last."""
 
 
@@ -34,6 +35,7 @@ def open_office(core: Core, settings: AdminSettings | None = None) -> Office:
 
 def add_admin_routes(app: FastAPI, office: Office) -> None:
     """Mount every admin route; on the main listener only after its own routes."""
+    app.add_exception_handler(Proposed, _proposed)
     for room in ROOMS:
         room.add_routes(app, office)
 
@@ -47,3 +49,11 @@ def admin_app(broker: KeyBroker, settings: AdminSettings | None = None) -> FastA
     app = new_app(broker, unauthenticated="AdminAuthAccess")
     add_admin_routes(app, open_office(broker.core, settings))
     return app
+
+
+def _proposed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Proposed)  # noqa: S101 - the only class it is registered for
+    # Clients that know no 202 read it as an error, so it has the members of one.
+    told = ErrorInformation("PluginInternalError", error.message).to_json()
+    body = {**told, "code": error.machine_code, "request": request_id(request), **error.summary}
+    return json_answer(body, status=202)

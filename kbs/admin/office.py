@@ -17,14 +17,12 @@ from cai.errors import Unauthenticated
 from kbs.admin.changes import Applied, ChangeKind, ChangeKinds, Outdated, Role
 from kbs.admin.identity import Directory
 from kbs.admin.people import Administrator
+from kbs.admin.proposal_store import MAX_ROUNDS, Proposals
 from kbs.admin.settings import AdminSettings
 from kbs.audit.log import Entry
 from kbs.core import Core
 
 __all__ = ["Administrator", "Office"]
-
-MAX_ROUNDS = 3
-"""How often a change is prepared anew when the object changed meanwhile."""
 
 
 class Office:
@@ -37,6 +35,7 @@ class Office:
 
     Attributes:
         directory: knows every administrator.
+        proposals: changes that wait for further persons; ``None`` where one is enough.
 
     Raises:
         CaiError: a pinned key of the settings cannot be read.
@@ -49,6 +48,11 @@ class Office:
         self.settings = settings or AdminSettings()
         self.kinds = kinds or ChangeKinds()
         self.directory = Directory(core, self.settings)
+        rule = self.settings.two_person
+        self.proposals = (
+            None if rule is None
+            else Proposals(core, self.directory, self.kinds, rule, self.log)
+        )  # fmt: skip
 
     async def identify(self, request: Request, *roles: Role) -> Administrator:
         """Who sends this request; one of ``roles``, or ``admin``, is required.
@@ -106,6 +110,8 @@ class Office:
         admin.require(kind.role)
         admin.require_tenant(kind.tenant(object_id))
         kind.check(core, object_id, contents)
+        if self.proposals is not None and not kind.reducing:
+            raise self.proposals.propose(kind, object_id, contents, admin, request)
         for left in reversed(range(MAX_ROUNDS)):
             prepared = kind.prepare(core, object_id, contents) if kind.prepare else contents
             try:
