@@ -6,11 +6,9 @@ most once a second (decisions §6), so those who wait for a proof share it.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,15 +19,12 @@ from cai.attest.checkpoint import (
     Checkpoint,
     CheckpointProof,
     open_checkpoint,
-    read_checkpoint,
     sign_checkpoint,
     verify_consistency,
 )
 from cai.errors import InputMissing
 from kbs.audit import tree
-from kbs.audit.leaf import Entry
-from kbs.audit.log import AuditLog, Head, node_hashes, read_head
-from kbs.audit.replay import ORIGIN_ACTION
+from kbs.audit.log import Head, node_hashes, read_head
 from kbs.database.engine import Database
 from kbs.database.tables import AUDIT_CHECKPOINT, AUDIT_HEAD
 
@@ -133,44 +128,6 @@ class Checkpoints:
     def origin(self, head: Head) -> str:
         """Name of the log as checkpoints give it."""
         return head.origin or ORIGIN_PREFIX + self._instance
-
-    def restart(self, connection: Connection, log: AuditLog, *, request: str, at: datetime) -> str:
-        """Begin a new origin, after the database was restored from a backup.
-
-        The leaf names the last checkpoint that the backup holds. Checkpoints of the old origin may
-        have been signed for leaves that are lost now; under a new one no size gets a second root.
-
-        Args:
-            connection: a deciding transaction of the restored database, before any other.
-            log: the log.
-            request: id of the request.
-            at: the broker's time.
-
-        Returns:
-            The new origin.
-        """
-        head = read_head(connection, lock=True)
-        newest = self._newest(connection, head)
-        last = None if newest is None else read_checkpoint(bytes(newest.note))
-        place = "0" if last is None else f"{last.size}-{last.root.hex()[:16]}"
-        origin = f"{ORIGIN_PREFIX}{self._instance}/{place}-{os.urandom(8).hex()}"
-        details = {"origin": origin, "previous": {"origin": self.origin(head)}}
-        if last is not None:
-            details["previous"] = {
-                "origin": last.origin, "size": last.size, "root": last.root.hex()
-            }  # fmt: skip
-        log.append(
-            connection,
-            Entry(
-                ORIGIN_ACTION, {"kind": "system"}, request, allowed=True, details=details,
-                administrative=True,
-            ),
-            at,
-        )  # fmt: skip
-        connection.execute(
-            update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(origin=origin, checkpoint=0)
-        )
-        return origin
 
     def public_keys(self) -> tuple[bytes, ...]:
         """Public keys under which a checkpoint of this log may be signed, the current one first."""

@@ -24,6 +24,9 @@ MAX_LEAF = 1024 * 1024
 TEXT_LIMIT = 512
 """Longest text from outside that a leaf repeats, characters."""
 
+ORIGIN_ACTION: Final = "audit.origin"
+"""Action of the leaf after a restore: checkpoints of more leaves name ``details.origin``."""
+
 _TIME = "%Y-%m-%dT%H:%M:%S."
 
 

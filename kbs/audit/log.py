@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Select, insert, or_, select, update
 from cai.errors import StorageError, Tampered
 from cai.merkle import leaf_hash
 from kbs.audit import tree
-from kbs.audit.leaf import Change, Entry, change_of, parse_leaf, time_of
+from kbs.audit.leaf import ORIGIN_ACTION, Change, Entry, change_of, parse_leaf, time_of
 from kbs.database.engine import Database
 from kbs.database.tables import AUDIT, AUDIT_HEAD, AUDIT_NODE
 
@@ -94,6 +94,9 @@ class AuditLog:
             checkpoint=head.checkpoint, at=at,
         )  # fmt: skip
         frontier, completed = tree.appended(head.frontier, seq, leaf_hash(leaf))
+        origin, checkpoint = head.origin, head.checkpoint
+        if entry.action == ORIGIN_ACTION:
+            origin, checkpoint = str(entry.details["origin"]), 0
         connection.execute(
             update(AUDIT_HEAD)
             .where(AUDIT_HEAD.c.id == 1)
@@ -101,6 +104,8 @@ class AuditLog:
                 size=seq + 1,
                 changes=changes,
                 frontier=b"".join(frontier),
+                origin=origin,
+                checkpoint=checkpoint,
                 failures=seq if entry.action == FAILURE_ACTION else head.failures,
             )
         )

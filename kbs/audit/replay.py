@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from cai.attest.checkpoint import ORIGIN_PREFIX, Checkpoint, open_checkpoint, read_checkpoint
 from cai.errors import CaiError
 from cai.merkle import leaf_hash
 from kbs.audit import report, tree
-from kbs.audit.leaf import change_of, parse_leaf, time_of
+from kbs.audit.leaf import ORIGIN_ACTION, change_of, parse_leaf, time_of
 
-ORIGIN_ACTION: Final = "audit.origin"
-"""Action of the leaf after a restore: checkpoints of more leaves name another origin."""
+__all__ = ["ORIGIN_ACTION", "Replay", "opened"]
 
 
 class Replay:
