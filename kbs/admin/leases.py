@@ -24,6 +24,10 @@ MAX_BODY = 4096
 """Largest body of a revocation, bytes."""
 
 
+NO_REASON = "no reason was given"
+"""What is logged where a caller says none."""
+
+
 def _target(object_id: str) -> Target:
     kind, slash, value = object_id.partition("/")
     if not slash:
@@ -32,6 +36,8 @@ def _target(object_id: str) -> Target:
 
 
 def _reason(contents: bytes) -> str:
+    if not contents:
+        return NO_REASON
     value = jcs.parse(contents, what="revocation", limit=MAX_BODY)
     if not isinstance(value, dict) or set(value) != {"reason"}:
         raise FormatError('revocation: expected {"reason": "<why>"}')

@@ -10,7 +10,8 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import audit, db, policy, resource
+from kbs.cli import audit, db, lease, policy, resource
+from kbs.cli.revoke import revoke, unrevoke
 from kbs.cli.serve import serve
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ app = typer.Typer(
 app.command()(serve)
 app.add_typer(resource.app, name="resource")
 app.add_typer(policy.app, name="policy")
+app.add_typer(lease.app, name="lease")
+app.command()(revoke)
+app.command()(unrevoke)
 app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
 
