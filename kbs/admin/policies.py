@@ -18,7 +18,7 @@ from cai.attest.jwk import b64u_decode, b64u_encode
 from cai.attest.rcar import MAX_MESSAGE
 from cai.errors import FormatError, InputMissing
 from kbs.admin.changes import Applied, ChangeKind, Role
-from kbs.admin.office import Office
+from kbs.admin.office import Administrator, Office
 from kbs.core import Core
 from kbs.policy.names import DEFAULT_ID, PolicyKind, PolicyName, TeeClass
 from kbs.policy.store import check_policy
@@ -81,19 +81,20 @@ def add_routes(app: FastAPI, office: Office) -> None:
 def _add_own_routes(app: FastAPI, office: Office) -> None:
     @app.get("/kbs/v0/policies")
     async def list_policies(request: Request) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        return json_answer({"policies": await run_in_threadpool(_listed, office.core)})
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        listed = await run_in_threadpool(_listed, office.core, admin.tenant)
+        return json_answer({"policies": listed})
 
     @app.get("/kbs/v0/policy-versions/{path:path}")
     async def versions(request: Request, path: str) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        name = PolicyName.parse(path)
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        name = _seen(admin, PolicyName.parse(path))
         return json_answer({"versions": await run_in_threadpool(_versions, office.core, name)})
 
     @app.get("/kbs/v0/policy/{path:path}")
     async def get_policy(request: Request, path: str, version: int | None = None) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        name = PolicyName.parse(path)
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        name = _seen(admin, PolicyName.parse(path))
         return json_answer(await run_in_threadpool(_shown, office.core, name, version))
 
     @app.post("/kbs/v0/policy/{path:path}")
@@ -112,8 +113,8 @@ def _add_stock_routes(app: FastAPI, office: Office) -> None:
 
     @app.get("/kbs/v0/resource-policy")
     async def resource_policy_ids(request: Request) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        return json_answer(await run_in_threadpool(_resource_policy_ids, office.core))
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        return json_answer(await run_in_threadpool(_resource_policy_ids, office.core, admin.tenant))
 
     @app.post("/kbs/v0/verification-policy")
     async def set_verification(request: Request) -> Response:
@@ -142,13 +143,14 @@ def _add_stock_routes(app: FastAPI, office: Office) -> None:
 
     @app.get("/kbs/v0/attestation-policies")
     async def attestation_policies(request: Request) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        return json_answer(await run_in_threadpool(_attestation_ids, office.core))
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        return json_answer(await run_in_threadpool(_attestation_ids, office.core, admin.tenant))
 
     @app.get("/kbs/v0/attestation-policy/{policy_id:path}")
     async def get_attestation(request: Request, policy_id: str) -> Response:
-        await office.identify(request, Role.POLICY, Role.AUDITOR)
-        shown = await run_in_threadpool(_shown, office.core, _attestation(policy_id), None)
+        admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
+        name = _seen(admin, _attestation(policy_id))
+        shown = await run_in_threadpool(_shown, office.core, name, None)
         return json_answer(shown)
 
     @app.delete("/kbs/v0/attestation-policy/{policy_id:path}")
@@ -173,21 +175,30 @@ async def _submit_removal(request: Request, office: Office, name: PolicyName) ->
     return json_answer(answer)
 
 
-def _listed(core: Core) -> list[dict[str, Any]]:
+def _seen(admin: Administrator, name: PolicyName) -> PolicyName:
+    """A policy that this administrator may read: everybody's, or one of their tenant."""
+    if name.tenant:
+        admin.require_tenant(name.tenant)
+    return name
+
+
+def _names(core: Core, connection: Connection, tenant: str) -> list[PolicyName]:
+    """The policies that an administrator of this tenant sees; of none, all."""
+    names = core.policies.names(connection)
+    return [name for name in names if not tenant or name.tenant in ("", tenant)]
+
+
+def _listed(core: Core, tenant: str) -> list[dict[str, Any]]:
     with core.database.read() as connection:
-        return [
-            _note(core, connection, name, len(core.policies.history(connection, name)))
-            for name in core.policies.names(connection)
-        ]
+        return [_note(core, connection, name) for name in _names(core, connection, tenant)]
 
 
-def _note(core: Core, connection: Connection, name: PolicyName, versions: int) -> dict[str, Any]:
+def _note(core: Core, connection: Connection, name: PolicyName) -> dict[str, Any]:
     stored = core.policies.text(connection, name)
     newest = core.policies.history(connection, name)[-1]
     return {
         "policy": name.path,
         "version": newest.version,
-        "versions": versions,
         "time": newest.time,
         "author": newest.author,
         "sha256": "" if stored is None else sha256(stored.contents).hexdigest(),
@@ -227,10 +238,10 @@ def _shown(core: Core, name: PolicyName, version: int | None) -> dict[str, Any]:
     }
 
 
-def _resource_policy_ids(core: Core) -> list[str]:
+def _resource_policy_ids(core: Core, tenant: str) -> list[str]:
     """As Trustee answers; policies of single prefixes stand behind its one id."""
     with core.database.read() as connection:
-        names = core.policies.names(connection)
+        names = _names(core, connection, tenant)
     return [
         TRUSTEE_ID if not name.rest else f"{TRUSTEE_ID}/{name.rest}"
         for name in names
@@ -238,9 +249,9 @@ def _resource_policy_ids(core: Core) -> list[str]:
     ]
 
 
-def _attestation_ids(core: Core) -> list[str]:
+def _attestation_ids(core: Core, tenant: str) -> list[str]:
     with core.database.read() as connection:
-        names = core.policies.names(connection)
+        names = _names(core, connection, tenant)
     return [name.rest for name in names if name.kind is PolicyKind.ATTESTATION]
 
 
