@@ -111,7 +111,8 @@ class Proposal:
         contents = value["contents"]
         if not isinstance(contents, dict) or sorted(contents) != ["salt", "sha256", "size"]:
             raise FormatError("proposal: unknown or missing members of contents")
-        if value["cai-proposal"] != PROPOSAL_VERSION:
+        version = value["cai-proposal"]
+        if type(version) is not int or version != PROPOSAL_VERSION:
             raise FormatError("proposal: unknown version")
         texts = {**value, "salt": contents["salt"], "digest": contents["sha256"]}
         numbers = {**value, "size": contents["size"]}
