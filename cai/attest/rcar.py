@@ -91,6 +91,10 @@ MAX_NAME = 64
 SELECTOR: Final = "attestation-policy-selector"
 """Member of ``extra-params`` by which a client names the policy it expects to be appraised with."""
 
+ERROR_PAGES: Final = "/kbs/v0/errors"
+"""Where a broker of ours has a page for each kind of error; stock clients read what follows the
+last ``/`` of ``type``."""
+
 _ALIASES: Final = {
     "azsnpvtpm": "az-snp-vtpm",
     "aztdxvtpm": "az-tdx-vtpm",
@@ -286,7 +290,7 @@ class ErrorInformation:
 
     def to_json(self) -> dict[str, str]:
         """The message as a JSON value."""
-        return {"type": f"{_ERROR_BASE}/{self.kind}", "detail": self.detail}
+        return {"type": f"{ERROR_PAGES}/{self.kind}", "detail": self.detail}
 
     @classmethod
     def parse(cls, data: bytes) -> ErrorInformation:
@@ -408,9 +412,6 @@ def parse_additional_evidence(
     if len(jcs.canonical(value["cai"])) > MAX_STATEMENT:
         raise LimitExceeded(f"additional_evidence.cai: more than {MAX_STATEMENT} bytes")
     return devices, ReleaseStatement.from_json(value["cai"])
-
-
-_ERROR_BASE: Final = "https://github.com/confidential-containers/kbs/errors"
 
 
 def _devices(value: Any) -> tuple[DeviceEvidence, ...]:
