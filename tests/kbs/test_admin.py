@@ -19,7 +19,14 @@ ALLOW = b"package policy\ndefault allow := true\n"
 ROUTES = [
     ("POST", "resource/a/b/c"), ("POST", "resource-policy"), ("POST", "verification-policy"),
     ("GET", "resource-policy"), ("GET", "verification-policy"), ("GET", "audit"),
-    ("POST", "nothing"), ("GET", "nothing"),
+    ("GET", "policies"), ("GET", "policy/resource/"), ("GET", "policy-versions/resource/"),
+    ("POST", "policy/resource/a"), ("DELETE", "policy/resource/a"), ("POST", "attestation-policy"),
+    ("GET", "attestation-policies"), ("GET", "attestation-policy/default_cpu"),
+    ("DELETE", "attestation-policy/default_cpu"), ("GET", "references"),
+    ("POST", "reference-value"), ("GET", "reference-value/x"), ("DELETE", "reference-value/x"),
+    ("POST", "reference-values"), ("POST", "reference-bundle/x"), ("DELETE", "reference-bundle/x"),
+    ("POST", "reference-key/x"), ("DELETE", "reference-key/x"), ("GET", "rvps/query"),
+    ("POST", "rvps/register"), ("DELETE", "rvps/delete/x"),
 ]
 
 
@@ -38,8 +45,8 @@ def test_every_route_asks_for_the_token(site: Site, method: str, route: str) -> 
 def test_admin_routes_answer_404_for_what_they_do_not_serve(site: Site) -> None:
     assert site.admin("POST", "nothing", {}).status_code == 404
     assert site.admin("GET", "nothing").status_code == 404
-    assert site.admin("GET", "resource-policy").status_code == 404
-    assert site.call("POST", "/kbs/v0/auth", b"{}", app="admin").status_code == 401
+    assert site.admin("GET", "verification-policy").status_code == 404
+    assert site.call("POST", "/kbs/v0/auth", b"{}", app="admin").status_code == 404
 
 
 def test_the_protocol_is_not_on_the_admin_listener(site: Site) -> None:
@@ -65,17 +72,19 @@ def test_changes_are_audited_with_who_and_what(site: Site) -> None:
     assert row["change"]["object"] == "resource/a/b/c"
     assert row["change"]["version"] == 1
     row = site.last("policy.set")
-    assert row["policies"] == {"release": answer.json()["sha256"]}
+    assert row["policies"] == {"resource/": answer.json()["sha256"]}
     assert row["request"] == answer.headers["x-request-id"]
 
 
 def test_policies_can_be_read_back_exactly(site: Site, visitor: Visitor) -> None:
     from cai.attest.policy import policy_for
 
-    texts = {"resource-policy": ALLOW, "verification-policy": policy_for(visitor.facts())}
-    for route, text in texts.items():
-        assert site.set_policy(route, text).status_code == 200
-        assert site.admin("GET", route).json() == {"policy": b64u_encode(text)}
+    verification = policy_for(visitor.facts())
+    assert site.set_policy("resource-policy", ALLOW).status_code == 200
+    assert site.set_policy("verification-policy", verification).status_code == 200
+    assert site.admin("GET", "policy/resource/").json()["policy"] == b64u_encode(ALLOW)
+    answer = site.admin("GET", "verification-policy").json()
+    assert answer["policy"] == b64u_encode(verification)
 
 
 def test_padding_of_the_policy_is_tolerated(site: Site) -> None:
@@ -103,7 +112,7 @@ def test_unsound_release_policies_are_not_stored(site: Site, body: Any) -> None:
     site.set_policy("resource-policy", ALLOW)
     answer = site.admin("POST", "resource-policy", body)
     assert answer.status_code in (400, 413)
-    assert site.admin("GET", "resource-policy").json() == {"policy": b64u_encode(ALLOW)}
+    assert site.admin("GET", "policy/resource/").json()["policy"] == b64u_encode(ALLOW)
 
 
 @pytest.mark.parametrize("text", [b"", b"x =", b"version = 1\n", b"\xff", b"version = 9\n[tdx]\n"])

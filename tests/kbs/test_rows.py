@@ -135,7 +135,7 @@ def test_a_deleted_row_is_detected(allowed: Site, visitor: Visitor) -> None:
 
 
 def test_a_deleted_policy_is_detected(allowed: Site, visitor: Visitor) -> None:
-    edit(allowed, "DELETE FROM policy WHERE path = 'verification'")
+    edit(allowed, "DELETE FROM policy WHERE path = 'verification/default'")
     denied(allowed, visitor)
 
 
