@@ -25,6 +25,7 @@ from kbs.core import Core
 from kbs.instance import Instance
 from kbs.names import ResourceName
 from kbs.policy.references import References
+from kbs.policy.settings import PolicySettings
 from kbs.policy.store import Policies
 from kbs.protocol import attestation as protocol
 from kbs.protocol import token
@@ -48,6 +49,7 @@ class KeyBroker:
         unsafe: names of the ``unsafe_…`` settings in force.
         leases: how long they hold.
         resources: limits and retention of resources, and which live elsewhere.
+        policy: limits of Rego evaluations, and life of reference values.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class KeyBroker:
         unsafe: tuple[str, ...] = (),
         leases: ReleaseSettings | None = None,
         resources: ResourceSettings | None = None,
+        policy: PolicySettings | None = None,
     ) -> None:
         self.instance = instance
         self.unsafe = unsafe
         self.verifier = verifier
-        self.core = Core(instance, clock, resources=resources)
+        self.core = Core(instance, clock, resources=resources, policy=policy)
         self._evaluator = Evaluator(self.core, unsafe)
         self._pipeline = Pipeline(self.core, self._evaluator, leases or ReleaseSettings())
         self.count_failure = self.core.count_failure

@@ -23,6 +23,7 @@ from kbs.keys.settings import KeySettings
 from kbs.policy.settings import PolicySettings
 from kbs.release.settings import ReleaseSettings
 from kbs.resources.settings import ResourceSettings
+from kbs.resources.settings import ResourceSettings
 from kbs.server.settings import (
     Compat,
     HttpSettings,
@@ -56,6 +57,7 @@ class ServeSettings:
         resources: limits and retention of resources, and which live elsewhere.
         policy: how policies are evaluated.
         release: leases and tickets.
+        resources: how much is stored, and for how long.
         admin: administrators and their listener.
         attestation: the service under ``/as/``.
         http: paths and status codes.
@@ -76,6 +78,7 @@ class ServeSettings:
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
     attestation: AppraisalSettings = field(default_factory=AppraisalSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
@@ -122,6 +125,7 @@ def settings_from(value: Mapping[str, Any], *, where: str) -> ServeSettings:
         resources=ResourceSettings.from_table(top.section("resources")),
         policy=PolicySettings.from_table(top.section("policy")),
         release=ReleaseSettings.from_table(top.section("release")),
+        resources=ResourceSettings.from_table(top.section("resources")),
         admin=AdminSettings.from_table(
             top.raw("admin") or {}, compat=http.compat is Compat.TRUSTEE
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Crew:
-    """The threads of one process, for one event loop.
+    """The threads of one process.
 
     Args:
         limits: how many verifications run and wait.
@@ -35,6 +36,7 @@ class Crew:
         self._verifiers = ThreadPoolExecutor(limits.verifiers, "kbs-verify")
         self._quick = ThreadPoolExecutor(QUICK_THREADS, "kbs-quick")
         self._room = limits.verifiers + limits.waiting
+        self._lock = threading.Lock()
         self._inside = 0
 
     async def quick(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
@@ -47,13 +49,15 @@ class Crew:
         Raises:
             TooBusy: as many wait already as may.
         """
-        if self._inside >= self._room:
-            raise TooBusy("too many verifications at once", hint="try again in a second")
-        self._inside += 1
+        with self._lock:
+            if self._inside >= self._room:
+                raise TooBusy("too many verifications at once", hint="try again in a second")
+            self._inside += 1
         try:
             return await _run(self._verifiers, work, *args, **named)
         finally:
-            self._inside -= 1
+            with self._lock:
+                self._inside -= 1
 
     def close(self) -> None:
         """End the threads after what they are doing."""

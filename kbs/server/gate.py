@@ -46,12 +46,19 @@ class Door:
         limits: how much at once.
         allow: networks that may speak here; empty allows all.
         admin: the surface of administrators.
+        also_bytes: largest body where that is more than the limit, bytes.
     """
 
     http: HttpSettings
     limits: LimitSettings
     allow: tuple[Network, ...] = ()
     admin: bool = False
+    also_bytes: int = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """Largest body, bytes."""
+        return max(self.limits.request_bytes, self.also_bytes)
 
 
 class Gate:
@@ -154,14 +161,14 @@ class Gate:
 
     def _require_small(self, scope: Scope) -> None:
         length = _header(scope, b"content-length")
-        limit = self._door.limits.request_bytes
+        limit = self._door.body_bytes
         if length.isascii() and length.isdigit() and (len(length) > 12 or int(length) > limit):
             raise LimitExceeded(f"body of more than {limit} bytes")
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         if not _header(scope, b"transfer-encoding"):
             return receive  # the server holds a body to its announced length
-        limit, seen = self._door.limits.request_bytes, 0
+        limit, seen = self._door.body_bytes, 0
 
         async def bounded() -> Message:
             nonlocal seen

@@ -83,8 +83,15 @@ def open_broker(
         database=database, keys=settings.keys,
     )  # fmt: skip
     unsafe = (() if root is None else (UNSAFE_SIMULATED,)) + database.unsafe
-    verifier = Verifier(anchors, realm, endorsements)
-    return KeyBroker(instance, verifier=verifier, clock=clock, unsafe=unsafe)
+    return KeyBroker(
+        instance,
+        verifier=Verifier(anchors, realm, endorsements),
+        clock=clock,
+        unsafe=unsafe + settings.policy.unsafe,
+        leases=settings.release,
+        resources=settings.resources,
+        policy=settings.policy,
+    )
 
 
 def load_endorsements(settings: ServeSettings) -> Endorsements:

@@ -110,7 +110,7 @@ class RateLimit:
 
 
 class Crowd:
-    """How many requests run at once, in all and of each source; for one event loop.
+    """How many requests run at once, in all and of each source.
 
     Args:
         most: of all sources together.
@@ -120,24 +120,25 @@ class Crowd:
     def __init__(self, most: int, each: int) -> None:
         self._most = most
         self._each = each
+        self._lock = threading.Lock()
         self._all = 0
         self._of: dict[str, int] = {}
 
     def enter(self, source: str) -> bool:
         """Count one request in; false when there are as many as may be."""
-        running = self._of.get(source, 0)
-        # What arrives over a Unix socket comes from a front proxy or from this machine.
-        if self._all >= self._most or (running >= self._each and source != LOCAL):
-            return False
-        self._all += 1
-        self._of[source] = running + 1
+        with self._lock:
+            running = self._of.get(source, 0)
+            # What arrives over a Unix socket comes from a front proxy or from this machine.
+            if self._all >= self._most or (running >= self._each and source != LOCAL):
+                return False
+            self._all += 1
+            self._of[source] = running + 1
         return True
 
     def leave(self, source: str) -> None:
         """Count one request out."""
-        self._all -= 1
-        running = self._of[source] - 1
-        if running:
-            self._of[source] = running
-        else:
-            del self._of[source]
+        with self._lock:
+            self._all -= 1
+            running = self._of.pop(source) - 1
+            if running:
+                self._of[source] = running

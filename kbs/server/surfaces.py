@@ -57,12 +57,15 @@ def surfaces(broker: KeyBroker, settings: ServeSettings, crew: Crew) -> Surfaces
         CaiError: a pinned key of the settings cannot be read.
     """
     http, limits = settings.http, settings.limits
+    # Resources are uploaded where the administrators are.
+    upload = settings.resources.max_bytes
     admin = admin_app(broker, settings.admin)
     admin.router.routes.append(Route("/readyz", ready_route(broker, crew), methods=["GET"]))
     main = [public_app(broker, crew)]
     if settings.admin.on_main_listener:
         main.append(admin)
+    main_door = Door(http, limits, http.allow, also_bytes=upload if len(main) > 1 else 0)
     return Surfaces(
-        Gate(FirstServed(main) if len(main) > 1 else main[0], Door(http, limits, http.allow)),
-        Gate(admin, Door(http, limits, admin=True)),
+        Gate(FirstServed(main) if len(main) > 1 else main[0], main_door),
+        Gate(admin, Door(http, limits, admin=True, also_bytes=upload)),
     )
