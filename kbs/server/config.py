@@ -23,7 +23,6 @@ from kbs.keys.settings import KeySettings
 from kbs.policy.settings import PolicySettings
 from kbs.release.settings import ReleaseSettings
 from kbs.resources.settings import ResourceSettings
-from kbs.resources.settings import ResourceSettings
 from kbs.server.settings import (
     Compat,
     HttpSettings,
@@ -57,7 +56,6 @@ class ServeSettings:
         resources: limits and retention of resources, and which live elsewhere.
         policy: how policies are evaluated.
         release: leases and tickets.
-        resources: how much is stored, and for how long.
         admin: administrators and their listener.
         attestation: the service under ``/as/``.
         http: paths and status codes.
@@ -75,7 +73,6 @@ class ServeSettings:
     ocsp: Path | None = None
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     keys: KeySettings = field(default_factory=KeySettings)
-    resources: ResourceSettings = field(default_factory=ResourceSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
@@ -122,7 +119,6 @@ def settings_from(value: Mapping[str, Any], *, where: str) -> ServeSettings:
         unsafe_simulated_root=optional_path(evidence, "unsafe_simulated_root"),
         database=DatabaseSettings.from_table(top.section("database")),
         keys=KeySettings.from_table(top.section("keys")),
-        resources=ResourceSettings.from_table(top.section("resources")),
         policy=PolicySettings.from_table(top.section("policy")),
         release=ReleaseSettings.from_table(top.section("release")),
         resources=ResourceSettings.from_table(top.section("resources")),
