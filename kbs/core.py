@@ -97,6 +97,7 @@ class Core:
         if rest:
             self.record(_counted(rest))
         self.rego.close()
+        self.resources.close()
         self.instance.keyring.close()
         self.database.close()
 

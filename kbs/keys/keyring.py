@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cai.errors import InputMissing, Tampered, Unavailable, WrongKey
+from cai.errors import InputMissing, SettingError, Tampered, Unavailable, WrongKey
 from cai.secret import Secret
 from cai.settings import suggestion
 from kbs.keys.provider import MAX_WRAPPED, KeyProvider, WrappedKey
@@ -22,6 +22,11 @@ class Keyring:
     def __init__(self, providers: Mapping[str, KeyProvider], default: str) -> None:
         self._named = dict(providers)
         self._by_id = {provider.id: provider for provider in self._named.values()}
+        if len(self._by_id) != len(self._named):
+            raise SettingError(
+                "two key providers of the configuration are the same one",
+                hint="describe each key once",
+            )
         self.default = default
         self.named(default)
 

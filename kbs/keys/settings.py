@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from cai.errors import SettingError
 from cai.settings import Section, suggestion
+from kbs.keys.aliyun import AliyunKmsProvider, Kms, open_kms
 from kbs.keys.file_provider import FileProvider
 from kbs.keys.keyring import Keyring
+from kbs.keys.passphrase_provider import PassphraseProvider
+from kbs.keys.pkcs11_provider import Mechanism, Pkcs11Provider, TokenKey
 from kbs.keys.sealing import require_outside
+from kbs.keys.secret_input import SecretInput
+from kbs.keys.vault import VaultAddress, VaultTransitProvider, name_setting
 
 if TYPE_CHECKING:
     from kbs.keys.provider import KeyProvider
@@ -65,8 +70,120 @@ class FileSettings:
         return FileProvider.open(self.path, create=create)
 
 
+@dataclass(frozen=True, slots=True)
+class PassphraseSettings:
+    """A key derived from a passphrase.
+
+    Attributes:
+        passphrase: where it comes from.
+    """
+
+    passphrase: SecretInput
+
+    @classmethod
+    def from_table(cls, section: Section) -> PassphraseSettings:
+        """Read a provider of kind ``passphrase``."""
+        return cls(SecretInput.from_section(section, "passphrase", what="passphrase"))
+
+    def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
+        """See ``ProviderSettings``."""
+        del create
+        if self.passphrase.file is not None:
+            require_outside(self.passphrase.file, data)
+        return PassphraseProvider(name, self.passphrase)
+
+
+@dataclass(frozen=True, slots=True)
+class Pkcs11Settings:
+    """A key on a hardware module.
+
+    Attributes:
+        where: the token and the key.
+    """
+
+    where: TokenKey
+
+    @classmethod
+    def from_table(cls, section: Section) -> Pkcs11Settings:
+        """Read a provider of kind ``pkcs11``."""
+        text = section.text("mechanism", Mechanism.AES_GCM.value)
+        if text not in list(Mechanism):
+            raise SettingError(
+                f"{section.where}: unknown mechanism {text!r}",
+                hint=f"known are: {', '.join(Mechanism)}",
+            )
+        return cls(
+            TokenKey(
+                Path(section.text("module")),
+                section.text("token"),
+                section.text("key"),
+                SecretInput.from_section(section, "pin", what="PIN"),
+                Mechanism(text),
+                section.flag("unsafe_extractable_key", default=False),
+            )
+        )
+
+    def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
+        """See ``ProviderSettings``."""
+        del name, data, create
+        return Pkcs11Provider(self.where)
+
+
+@dataclass(frozen=True, slots=True)
+class VaultSettings:
+    """A key of Vault's transit engine.
+
+    Attributes:
+        address: where Vault is.
+        mount: path of the engine.
+        key: name of the key.
+    """
+
+    address: VaultAddress
+    mount: str
+    key: str
+
+    @classmethod
+    def from_table(cls, section: Section) -> VaultSettings:
+        """Read a provider of kind ``vault-transit``."""
+        address = VaultAddress.from_section(section)
+        return cls(address, name_setting(section, "mount", "transit"), name_setting(section, "key"))
+
+    def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
+        """See ``ProviderSettings``."""
+        del name, data, create
+        return VaultTransitProvider(self.address, mount=self.mount, key=self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class AliyunSettings:
+    """A key of Alibaba Cloud KMS.
+
+    Attributes:
+        kms: the way in; the configuration alone opens no connection.
+        key: id or alias of the key.
+    """
+
+    kms: Kms
+    key: str
+
+    @classmethod
+    def from_table(cls, section: Section) -> AliyunSettings:
+        """Read a provider of kind ``aliyun-kms``."""
+        return cls(open_kms(section), section.text("key"))
+
+    def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
+        """See ``ProviderSettings``."""
+        del name, data, create
+        return AliyunKmsProvider(self.kms, key=self.key)
+
+
 _KINDS: Final[dict[str, Callable[[Section], ProviderSettings]]] = {
     FILE: FileSettings.from_table,
+    "passphrase": PassphraseSettings.from_table,
+    "pkcs11": Pkcs11Settings.from_table,
+    "vault-transit": VaultSettings.from_table,
+    "aliyun-kms": AliyunSettings.from_table,
 }
 
 

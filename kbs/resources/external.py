@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from enum import StrEnum
+from typing import Final, Protocol
 
+from cai.errors import FormatError, SettingError
+from cai.settings import Section, suggestion
 from kbs.names import ResourceName
+
+LEASES: Final = ("required", "optional", "by-contents")
+"""What a prefix may say about leases."""
+
+
+class Naming(StrEnum):
+    """How a secret is called at its source."""
+
+    TAG = "tag"
+    PATH = "path"
+
+    @classmethod
+    def from_section(cls, section: Section) -> Naming:
+        """Read the member ``name``.
+
+        Raises:
+            SettingError: neither ``tag`` nor ``path``.
+        """
+        text = section.text("name", Naming.TAG.value)
+        try:
+            return cls(text)
+        except ValueError as error:
+            raise SettingError(f"{section.where}: name is tag or path") from error
+
+
+def secret_name(name: ResourceName, naming: Naming) -> str:
+    """What a resource is called at its source."""
+    return name.tag if naming is Naming.TAG else name.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +74,10 @@ class SecretSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what it holds open."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ExternalPrefix:
@@ -60,3 +96,45 @@ class ExternalPrefix:
     def covers(self, path: str) -> bool:
         """Whether a resource comes from here."""
         return not self.prefix or path == self.prefix or path.startswith(self.prefix + "/")
+
+
+def external_prefix(section: Section) -> ExternalPrefix:
+    """Read one table of ``[resources.external]``: ``prefix``, ``lease``, ``kind`` and its members.
+
+    Raises:
+        SettingError: an unknown member or kind, or one of another form.
+    """
+    prefix = section.text("prefix").strip("/")
+    if prefix:
+        try:
+            ResourceName.parse("/".join([*prefix.split("/"), "x", "x"][:3]))
+        except FormatError as error:
+            raise SettingError(f"{section.where}: {prefix!r} is not a prefix of names") from error
+        if prefix.count("/") > 2:
+            raise SettingError(f"{section.where}: {prefix!r} is not a prefix of names")
+    lease = section.text("lease", "by-contents")
+    if lease not in LEASES:
+        raise SettingError(
+            f"{section.where}: unknown lease {lease!r}", hint=f"known are: {', '.join(LEASES)}"
+        )
+    source = _source(section)
+    section.finish()
+    return ExternalPrefix(prefix, source, "" if lease == "by-contents" else lease)
+
+
+def _source(section: Section) -> SecretSource:
+    # Imported here: each kind needs a package of its own.
+    from kbs.resources.aliyun_secrets import AliyunSecrets
+    from kbs.resources.vault_kv import VaultKv
+
+    kinds: dict[str, Callable[[Section], SecretSource]] = {
+        "vault-kv": VaultKv.from_section,
+        "aliyun-kms": AliyunSecrets.from_section,
+    }
+    kind = section.text("kind")
+    if kind not in kinds:
+        raise SettingError(
+            f"{section.where}: unknown kind {kind!r}",
+            hint=suggestion(kind, kinds) or f"known are: {', '.join(kinds)}",
+        )
+    return kinds[kind](section)

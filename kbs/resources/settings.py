@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from cai.errors import SettingError
 from cai.settings import Section
-
-if TYPE_CHECKING:
-    from kbs.resources.external import ExternalPrefix
+from kbs.resources.external import ExternalPrefix, external_prefix
 
 MAX_RESOURCE: Final = 1024 * 1024
 """Largest resource unless told otherwise, bytes."""
 
 MOST_RESOURCE: Final = 16 * 1024 * 1024
 """Largest resource that a setting may allow, bytes."""
-
-_WHERE: Final = "resources"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +43,22 @@ class ResourceSettings:
         """
         if section is None:
             return cls()
+        external: list[ExternalPrefix] = []
+        described = section.section("external")
+        if described is not None:
+            for name in section.raw("external"):
+                item = described.section(name)
+                if item is not None:
+                    external.append(external_prefix(item))
         settings = cls(
             section.integer("max_bytes", MAX_RESOURCE, least=1, most=MOST_RESOURCE, unit="bytes"),
             section.integer("max_resources", 100_000, least=1, most=10_000_000, unit="resources"),
             section.integer("keep_versions", 10, least=1, most=100_000, unit="versions"),
             section.integer("keep_days", 30, least=0, most=36_500, unit="days"),
+            tuple(external),
         )
         section.finish()
+        prefixes = [item.prefix for item in external]
+        if len(set(prefixes)) != len(prefixes):
+            raise SettingError(f"{section.where}: two external tables have the same prefix")
         return settings

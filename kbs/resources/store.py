@@ -215,6 +215,11 @@ class ResourceStore:
         covering = [item for item in self.settings.external if item.covers(path)]
         return max(covering, key=lambda item: len(item.prefix), default=None)
 
+    def close(self) -> None:
+        """Close every place where resources live elsewhere."""
+        for item in self.settings.external:
+            item.source.close()
+
     # Writing.
 
     def prepare(self, path: str, contents: bytes, *, lease: LeaseRule | None = None) -> Prepared:
