@@ -42,10 +42,10 @@ MAX_ROUNDS = 3
 """How often a decision is prepared before the broker gives up on settling."""
 
 RELEASE = "release"
-"""Action of a plain GET in the audit log."""
+"""Action in the audit log of a resource asked for, plainly or with a new lease."""
 
-LEASE = "lease"
-"""Action of a lease, granted or renewed."""
+RENEWAL = "renewal"
+"""Action of a lease that is to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Asked:
     @property
     def action(self) -> str:
         """As audit leaves name it."""
-        return RELEASE if self.lease is None else LEASE
+        return RENEWAL if self.lease is not None and self.lease.renews else RELEASE
 
 
 @dataclass(frozen=True, slots=True)
