@@ -26,14 +26,14 @@ from cai.errors import (
     from_os_error,
 )
 from cai.secret import Secret, read_secret_file, write_secret_file
-from kbs.audit.log import AuditLog, Entry
+from kbs.audit.log import AuditLog, Change, Entry
 from kbs.database.engine import Database
 from kbs.database.opening import hold_creation, open_database
 from kbs.database.settings import DatabaseSettings
 from kbs.database.tables import AUDIT_HEAD, INSTANCE, SECRET
 from kbs.keys.keyring import Keyring
 from kbs.keys.rowkey import new_row_key, open_row_key, row_key_state, store_row_key
-from kbs.keys.sealing import RowIdentity, Sealer, require_outside
+from kbs.keys.sealing import RowIdentity, Sealer, require_outside, row_hash
 from kbs.keys.settings import KeySettings
 from kbs.keys.signing import KeyName, SigningKeys
 from kbs.names import Realm
@@ -176,7 +176,9 @@ def _create(
     log, request = AuditLog(instance_id, realm.value), uuid.uuid4().hex
     system = {"kind": "system"}
     log.append(connection, Entry("instance.create", system, request, allowed=True), now)
-    for change in (store_row_key(connection, row_key), *signing.create(connection, now=now)):
+    first = Change(f"{SECRET.name}/{_ADMIN_KEY}", 1, row_hash(sealed))
+    made = (store_row_key(connection, row_key), *signing.create(connection, now=now), first)
+    for change in made:
         entry = Entry(
             "key.create", system, request, allowed=True, subject=change.object, change=change
         )

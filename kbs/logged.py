@@ -25,11 +25,12 @@ from kbs.database.tables import (
     ADMIN,
     BLOCK,
     LEASE,
-    METADATA,
     POLICY,
     PROPOSAL,
+    REFERENCE,
     RESOURCE,
     ROW_KEY,
+    SECRET,
     SIGNING_KEY,
 )
 from kbs.keys import rowkey
@@ -72,8 +73,9 @@ def verify_log(core: Core, *, held: bytes | None = None, opening: bool = True) -
 
 def logged_tables(core: Core) -> tuple[LoggedTable, ...]:
     """Every table whose rows the log names."""
-    tables = [
+    return (
         _Sealed(core, POLICY, Kept.ALL).described,
+        _Sealed(core, REFERENCE, Kept.ALL).described,
         _Sealed(core, ADMIN, Kept.NEWEST, opened=_administrator).described,
         _Sealed(core, PROPOSAL, Kept.NEWEST).described,
         _Sealed(core, BLOCK, Kept.NEWEST, key="id").described,
@@ -81,10 +83,8 @@ def logged_tables(core: Core) -> tuple[LoggedTable, ...]:
         _resources(core),
         _signing_keys(core),
         _row_key(),
-    ]
-    if "reference" in METADATA.tables:
-        tables.append(_Sealed(core, METADATA.tables["reference"], Kept.ALL).described)
-    return tuple(tables)
+        _Sealed(core, SECRET, Kept.NEWEST, only=(f"{SECRET.name}/admin-key",)).described,
+    )
 
 
 class _Sealed:
@@ -92,7 +92,7 @@ class _Sealed:
 
     def __init__(
         self, core: Core, table: Table, kept: Kept, *, key: str = "path",
-        opened: Opened | None = None,
+        opened: Opened | None = None, only: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self._core = core
         self._table = table
@@ -100,8 +100,9 @@ class _Sealed:
         self._opened = opened
         prefix = f"{table.name}/"
         self.described = LoggedTable(
-            table.name, kept, lambda name: name.startswith(prefix), self._rows
-        )
+            table.name, kept,
+            lambda name: name in only if only else name.startswith(prefix), self._rows,
+        )  # fmt: skip
 
     def _rows(self, connection: Connection) -> Iterator[StoredRow]:
         for row in _each(connection, self._table):
