@@ -82,8 +82,8 @@ def add_routes(app: FastAPI, office: Office) -> None:
 
     @app.get("/kbs/v0/admin")
     async def admins(request: Request) -> Response:
-        await office.identify(request, Role.AUDITOR)
-        return json_answer({"admins": await run_in_threadpool(_listed, office.core)})
+        admin = await office.identify(request, Role.AUDITOR)
+        return json_answer({"admins": await run_in_threadpool(_listed, office.core, admin.tenant)})
 
     @app.post("/kbs/v0/admin/{name}")
     async def set_admin(request: Request, name: str) -> Response:
@@ -113,7 +113,7 @@ def _record_from(body: bytes, *, added_by: str) -> AdminRecord:
     return AdminRecord.parse(jcs.canonical(whole))
 
 
-def _listed(core: Core) -> list[dict[str, Any]]:
+def _listed(core: Core, tenant: str) -> list[dict[str, Any]]:
     with core.database.read() as connection:
         records = AdminStore(core).all(connection)
     now = core.clock()
@@ -129,4 +129,5 @@ def _listed(core: Core) -> list[dict[str, Any]]:
             "added_by": record.added_by,
         }
         for name, record in records.items()
+        if tenant in ("", record.tenant)
     ]

@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cai import jcs
-from cai.errors import InputMissing, Undecided
+from cai.errors import InputError, InputMissing, Undecided
 from kbs.audit.log import newest_change
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ class Role(StrEnum):
     REFERENCE = "reference"
     RESOURCE = "resource"
     AUDITOR = "auditor"
+
+
+class Conflict(InputError):
+    """What is asked for does not fit the state that things are in."""
+
+    code, http_status = "conflict", 409
 
 
 class Outdated(Undecided):

@@ -206,8 +206,8 @@ def _refusal(answer: httpx.Response) -> CaiError:
         return PeerError(f"the admin listener answers {answer.status_code}")
     hint = hint if isinstance(hint, str) else None
     kinds: dict[int, type[CaiError]] = {
-        400: InputError, 401: Unauthenticated, 403: Refused, 404: InputMissing, 413: InputError,
-        503: Unavailable,
+        400: InputError, 401: Unauthenticated, 403: Refused, 404: InputMissing, 409: Refused,
+        413: InputError, 503: Unavailable,
     }  # fmt: skip
     return kinds.get(answer.status_code, PeerError)(detail, hint=hint)
 

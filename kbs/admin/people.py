@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select
 
 from cai import jcs
 from cai.errors import FormatError, InputMissing, LimitExceeded, Refused
-from kbs.admin.changes import Role
+from kbs.admin.changes import Conflict, Role
 from kbs.admin.rows import AdminRows
 from kbs.admin.tokens import key_id, known_roles
 from kbs.audit.log import Change
@@ -35,6 +35,9 @@ MAX_RECORD = 4 * 1024
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.@-]{0,63}", re.ASCII)
 """Names of administrators; without ``:``, which stands in persons of identity providers."""
+
+MAX_TIME: Final = 253_402_300_799
+"""Latest end, Unix seconds: the end of the year 9999."""
 
 _MEMBERS: Final = ("added_by", "expires", "key", "roles", "tenant")
 _KEY_SIZE = 32
@@ -143,7 +146,7 @@ class AdminRecord:
                 else "administrator: at least one role is needed",
                 hint=f"roles are {', '.join(Role)}",
             )  # fmt: skip
-        if type(expires) is not int or not 0 <= expires <= jcs.MAX_INTEGER:
+        if type(expires) is not int or not 0 <= expires <= MAX_TIME:
             raise FormatError("administrator: expires must be Unix seconds, or 0")
         for name in ("key", "tenant", "added_by"):
             if not isinstance(value[name], str):
@@ -222,7 +225,7 @@ class AdminStore:
         """Store a record; the caller logs the change.
 
         Raises:
-            Refused: another administrator has this key, or none would be left.
+            Conflict: another administrator has this key, or none would be left.
             LimitExceeded: there are ``MAX_ADMINS`` already.
         """
         others = self.all(connection)
@@ -232,7 +235,7 @@ class AdminStore:
         raw = record.key.public_bytes_raw()
         for other, known in others.items():
             if known.key.public_bytes_raw() == raw:
-                raise Refused(
+                raise Conflict(
                     f"{other} has this key already", hint="each person has a key of their own"
                 )
         self._require_one({**others, name: record})
@@ -243,7 +246,7 @@ class AdminStore:
 
         Raises:
             InputMissing: there is none.
-            Refused: nobody would be left who administers the whole broker.
+            Conflict: nobody would be left who administers the whole broker.
         """
         others = self.all(connection)
         if others.pop(name, None) is None:
@@ -257,7 +260,7 @@ class AdminStore:
             Role.ADMIN in record.roles and not record.tenant and record.living(now)
             and not record.expires for record in records.values()
         ):  # fmt: skip
-            raise Refused(
+            raise Conflict(
                 "nobody would be left who administers the whole broker without an end",
                 hint="first add an administrator with the role admin and no --expires",
             )

@@ -8,6 +8,7 @@ go with the proposal; the log holds their salted hash only.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -32,6 +33,10 @@ MAX_CONTENTS = 2 * 1024 * 1024
 MAX_STORED = 2 * MAX_CONTENTS
 """Largest stored proposal, bytes."""
 
+MAX_TIME: Final = 253_402_300_799
+"""Latest moment, Unix seconds: the end of the year 9999."""
+
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SALT_SIZE = 32
 _MEMBERS: Final = (
     "action", "cai-proposal", "contents", "created", "expires", "id", "kbs", "object", "proposer",
@@ -121,6 +126,10 @@ class Proposal:
             raise FormatError("proposal: a member is not text")
         if not all(type(numbers[name]) is int for name in ("size", "created", "expires")):
             raise FormatError("proposal: a member is not a whole number")
+        if not all(0 <= numbers[name] <= MAX_TIME for name in ("size", "created", "expires")):
+            raise FormatError("proposal: a number is out of its limits")
+        if not all(_HASH.fullmatch(texts[name]) for name in ("salt", "digest")):
+            raise FormatError("proposal: salt and hash must be 64 lower-case hex digits")
         return cls(
             **{name: texts[name] for name in names},
             **{name: numbers[name] for name in ("size", "created", "expires")},

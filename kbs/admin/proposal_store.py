@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from cai.attest.jwk import b64u_encode
 from cai.errors import InputMissing, LimitExceeded, Refused
-from kbs.admin.changes import ChangeKind, ChangeKinds, Outdated, Proposed, Role
+from kbs.admin.changes import ChangeKind, ChangeKinds, Conflict, Outdated, Proposed, Role
 from kbs.admin.identity import Directory
 from kbs.admin.people import Administrator
 from kbs.admin.proposal_form import MAX_CONTENTS, Pending, Proposal
@@ -80,7 +80,7 @@ class Proposals:
             What to raise: nothing has changed yet.
 
         Raises:
-            Refused: there are not enough persons who could ever sign it.
+            Conflict: there are not enough persons who could ever sign it.
             LimitExceeded: the contents are too large, or too many proposals wait.
         """
         if len(contents) > MAX_CONTENTS:
@@ -143,7 +143,8 @@ class Proposals:
 
         Raises:
             InputMissing: there is no such proposal.
-            Refused: this person may not sign it, the signature is not theirs, or it is void.
+            Refused: this person may not sign it, or the signature is not theirs.
+            Conflict: it is void, and gone now.
         """
         core = self._core
         for left in reversed(range(MAX_ROUNDS)):
@@ -167,7 +168,7 @@ class Proposals:
                     raise
                 continue
             if isinstance(outcome, _Void):
-                raise Refused(outcome.reason, hint="propose it again", code="proposal-void")
+                raise Conflict(outcome.reason, hint="propose it again", code="proposal-void")
             return outcome
         raise AssertionError  # pragma: no cover - the last round returns or raises
 
@@ -289,7 +290,7 @@ class Proposals:
             if self._could_sign(admin, kind, object_id, proposer.name)
         ]
         if len(able) < self._rule.required:
-            raise Refused(
+            raise Conflict(
                 f"{kind.action} needs {self._rule.required} signatures, and only {len(able)}"
                 " persons could sign",
                 hint="switch admin.two_person off, add administrators, and switch it on again",

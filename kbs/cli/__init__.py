@@ -10,7 +10,7 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import audit, db, lease, policy, resource
+from kbs.cli import admin, audit, db, lease, policy, proposal, resource
 from kbs.cli.revoke import revoke, unrevoke
 from kbs.cli.serve import serve
 
@@ -26,6 +26,8 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(lease.app, name="lease")
 app.command()(revoke)
 app.command()(unrevoke)
+app.add_typer(admin.app, name="admin")
+app.add_typer(proposal.app, name="proposal")
 app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
 

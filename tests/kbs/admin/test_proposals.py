@@ -188,7 +188,7 @@ def test_a_proposal_is_void_once_the_object_changed(site: Site, crew: dict[str, 
     shown = crew["admin"].call("GET", f"proposal/{old['id']}").json()
     assert "changed since" in shown["void"]
     answer = crew["alice"].sign(old)
-    assert (answer.status_code, answer.json()["code"]) == (403, "proposal-void")
+    assert (answer.status_code, answer.json()["code"]) == (409, "proposal-void")
     assert changes(site) == 1
     assert waiting(crew["admin"]) == []
     assert site.last("proposal.void")["decision"] == "deny"
@@ -302,7 +302,7 @@ def test_changes_of_administrators_need_two_as_well(site: Site, crew: dict[str, 
     record = {"key": fresh.public, "roles": ["admin"]}
     # There is but one with the role admin: nobody could ever sign it.
     answer = boss.call("POST", "admin/carol", record)
-    assert (answer.status_code, answer.json()["code"]) == (403, "proposal-persons")
+    assert (answer.status_code, answer.json()["code"]) == (409, "proposal-persons")
     switch(site, AdminSettings())
     second = hire(site, "boss", "admin")
     switch(site, AdminSettings(two_person=RULE))
