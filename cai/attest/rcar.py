@@ -405,7 +405,7 @@ def parse_additional_evidence(
     for name in value:
         if name not in ("nvidia", "cai"):
             raise FormatError(f"additional_evidence: {name[:32]!r} is not served")
-    devices = _devices(value["nvidia"]) if "nvidia" in value else ()
+    devices = parse_devices(value["nvidia"]) if "nvidia" in value else ()
     if "cai" not in value:
         return devices, None
     # What has no canonical form cannot be stored or logged either.
@@ -414,7 +414,12 @@ def parse_additional_evidence(
     return devices, ReleaseStatement.from_json(value["cai"])
 
 
-def _devices(value: Any) -> tuple[DeviceEvidence, ...]:
+def parse_devices(value: Any) -> tuple[DeviceEvidence, ...]:
+    """The devices of NVIDIA's evidence; reports may be hexadecimal, chains PEM text.
+
+    Raises:
+        FormatError, LimitExceeded: it has another form.
+    """
     listed = value.get("device_evidence_list") if isinstance(value, dict) else None
     if not isinstance(listed, list):
         raise FormatError("additional_evidence.nvidia: device_evidence_list is missing")

@@ -107,6 +107,7 @@ def appraise(
     now: datetime,
     pool: RegoPool,
     runtime: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Appraisal:
     """Appraise verified facts.
 
@@ -117,13 +118,14 @@ def appraise(
         now: the broker's clock.
         pool: evaluates Rego.
         runtime: ``runtime_data_claims`` of the CPU submodule.
+        more: further members of the CPU submodule's claims.
     """
     checks = None
     if policies.verification is not None:
         checks = policies.verification.appraise(facts, now=now)
     submodules: list[Appraised] = []
     made: list[Check] = []
-    for submodule in submodules_of(facts, runtime):
+    for submodule in submodules_of(facts, runtime, more):
         refused = _refused(submodule, checks)
         policy = policies.attestation.get(submodule.tee_class)
         if policy is None:
@@ -137,10 +139,14 @@ def appraise(
     return Appraisal(tuple(submodules), checks, tuple(made))
 
 
-def submodules_of(facts: Facts, runtime: Mapping[str, Any] | None = None) -> list[Submodule]:
+def submodules_of(
+    facts: Facts,
+    runtime: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> list[Submodule]:
     """The parts of a guest under the names that Trustee gives them."""
     (_, cpu), *devices = facts.claims()
-    body = dict(cpu)
+    body = {**cpu, **(more or {})}
     if runtime is not None:
         body["runtime_data_claims"] = dict(runtime)
     found = [Submodule(CPU, TeeClass.CPU, body)]
