@@ -129,6 +129,14 @@ class AdminClient:
         """
         return self.call("GET", route)
 
+    def get_value(self, route: str) -> Any:
+        """GET ``/kbs/v0/<route>`` whose answer is any JSON value, as some of Trustee's are.
+
+        Raises:
+            CaiError: the listener's refusal, or ``PeerUnreachable``.
+        """
+        return self._exchange("GET", route, None)[1]
+
     def get_or_none(self, route: str) -> dict[str, Any] | None:
         """GET ``/kbs/v0/<route>``; ``None`` when it is not there."""
         try:
@@ -157,11 +165,13 @@ class AdminClient:
             CaiError: the listener's refusal, or ``PeerUnreachable``.
         """
         status, value = self._exchange(method, route, body)
+        if not isinstance(value, dict):
+            raise FormatError("admin answer: expected an object")
         if status == PROPOSED:
             raise self._propose(value)
         return value
 
-    def _exchange(self, method: str, route: str, body: bytes | None) -> tuple[int, dict[str, Any]]:
+    def _exchange(self, method: str, route: str, body: bytes | None) -> tuple[int, Any]:
         try:
             answer = self._http.request(
                 method, f"{self._base}/kbs/v0/{route}", content=body,
@@ -174,10 +184,9 @@ class AdminClient:
             ) from error
         if answer.status_code not in (200, PROPOSED):
             raise _refusal(answer)
-        value = jcs.parse(answer.content, what="admin answer", limit=MAX_ANSWER)
-        if not isinstance(value, dict):
-            raise FormatError("admin answer: expected an object")
-        return answer.status_code, value
+        return answer.status_code, jcs.parse(
+            answer.content, what="admin answer", limit=MAX_ANSWER
+        )
 
     def _bearer(self) -> str:
         if self._token is not None:

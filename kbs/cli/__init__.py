@@ -10,7 +10,8 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import admin, audit, db, lease, policy, proposal, resource
+from kbs.cli import admin, audit, db, lease, policy, proposal, resource, stock
+from kbs.cli.admin_call import connection
 from kbs.cli.revoke import revoke, unrevoke
 from kbs.cli.serve import serve
 
@@ -30,6 +31,8 @@ app.add_typer(admin.app, name="admin")
 app.add_typer(proposal.app, name="proposal")
 app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
+app.callback()(connection)
+stock.add_verbs(app)
 
 
 def main() -> None:

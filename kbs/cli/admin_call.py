@@ -6,7 +6,7 @@ Every option has an environment variable, so that a shell or a job names the bro
 
 from __future__ import annotations
 
-import os
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -34,24 +34,48 @@ AdminKey = Annotated[
         help="The administrator's private key.", metavar="FILE", envvar="KBS_ADMIN_KEY"
     ),
 ]
+_connection: ContextVar[tuple[Path | None, Path | None]] = ContextVar(
+    "connection", default=(None, None)
+)
+
 ADMIN_URL = "http://127.0.0.1:8081"
 ADMIN_KEY = Path("kbs-data/admin.key")
+
+
+def connection(
+    *,
+    admin_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Authority behind an https:// admin listener, PEM.", metavar="FILE",
+            envvar=CA_VARIABLE,
+        ),
+    ] = None,
+    admin_token: Annotated[
+        Path | None,
+        typer.Option(
+            help="A token made elsewhere, sent instead of one made with --admin-key.",
+            metavar="FILE", envvar=TOKEN_VARIABLE,
+        ),
+    ] = None,
+) -> None:
+    """Options of the program that say how the admin listener is reached."""
+    _connection.set((admin_ca, admin_token))
 
 
 def open_client(admin_url: str, admin_key: Path) -> AdminClient:
     """Calls of the admin listener as this administrator.
 
-    ``KBS_ADMIN_CA`` names the authority behind an ``https`` listener; ``KBS_ADMIN_TOKEN`` a file
-    with a token that is sent instead of one made with the key.
+    What was said before the verb (``connection``) applies too.
     """
     from cai.secret import read_secret_file
     from kbs.admin.client import AdminClient
     from kbs.instance import read_admin_key
 
-    ca, token_file = os.environ.get(CA_VARIABLE), os.environ.get(TOKEN_VARIABLE)
+    ca, token_file = _connection.get()
     token = None
-    if token_file:
-        text = read_secret_file(Path(token_file), what="admin token").reveal().strip()
+    if token_file is not None:
+        text = read_secret_file(token_file, what="admin token").reveal().strip()
         if not text.isascii() or not text.decode("ascii").isprintable():
             raise FormatError(f"admin token {token_file}: not a token")
         token = text.decode("ascii")
@@ -59,7 +83,7 @@ def open_client(admin_url: str, admin_key: Path) -> AdminClient:
         admin_url,
         None if token else read_admin_key(admin_key),
         clock=lambda: datetime.now(UTC),
-        ca=Path(ca) if ca else None,
+        ca=ca,
         token=token,
     )
 
