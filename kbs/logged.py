@@ -13,11 +13,12 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, Table, select
 
 from cai import jcs
-from cai.attest.verdict import Verdict
+from cai.attest.verdict import Check, Verdict, check
 from cai.errors import CaiError, Tampered
 from kbs.admin.people import AdminRecord
 from kbs.admin.tokens import key_id
 from kbs.audit.leaf import Change
+from kbs.audit.report import CHECKPOINT_SIGNATURE
 from kbs.audit.stored import Kept, LoggedTable, StoredRow
 from kbs.audit.walk import verify_database
 from kbs.core import Core
@@ -58,9 +59,15 @@ def verify_log(core: Core, *, held: bytes | None = None, opening: bool = True) -
         opening: also open each row, which asks the key provider for each resource version.
     """
     instance = core.instance
-    keys = core.checkpoints.public_keys()
+    trouble: tuple[Check, ...] = ()
+    try:
+        keys = core.checkpoints.public_keys()
+    except CaiError as error:
+        # The walk goes on without: it names the row, and what else is wrong.
+        keys = ()
+        trouble = (check(CHECKPOINT_SIGNATURE, passed=False, reason=error.message),)
     with core.database.read() as connection:
-        return verify_database(
+        verdict = verify_database(
             connection,
             instance=instance.id,
             realm=instance.realm.value,
@@ -69,6 +76,7 @@ def verify_log(core: Core, *, held: bytes | None = None, opening: bool = True) -
             held=held,
             opening=opening,
         )
+    return verdict.extended(trouble)
 
 
 def logged_tables(core: Core) -> tuple[LoggedTable, ...]:

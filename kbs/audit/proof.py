@@ -31,6 +31,9 @@ CONSISTENCY: Final = "cai-audit-consistency"
 FILE_VERSION: Final = 1
 """Value of the member that names the kind of file."""
 
+KEPT: Final = "the checkpoint kept from before"
+"""What failures call the one that the reader brings."""
+
 MAX_LINE = 16 * 1024 * 1024
 """Longest line of such a file, bytes; the first line of an export lists its checkpoints."""
 
@@ -133,7 +136,7 @@ def _verify_export(
     if frontier is None or start >= size:
         raise FormatError("export: from, size and frontier do not fit")
     notes = _notes_by_size(first["checkpoints"], found)
-    kept = None if held is None else opened(held, keys, found)
+    kept = None if held is None else opened(held, keys, found, name=KEPT)
     replay = Replay(
         _text(first, "instance"), found=found, start=start, frontier=frontier,
         origin=_text(first, "origin"),
@@ -176,7 +179,7 @@ def _verify_inclusion(
         raise FormatError("audit proof: the leaf is no object")
     data = jcs.canonical(leaf)
     # 2. The checkpoint is signed, of this broker, and the leaf is under its root.
-    checkpoint = opened(proof.note, keys, found)
+    checkpoint = opened(proof.note, keys, found, name="its checkpoint")
     if checkpoint is None:
         return leaf.get("realm") == "simulated"
     found.require(
@@ -195,7 +198,7 @@ def _verify_inclusion(
     )  # fmt: skip
     # 3. A checkpoint kept from before can be compared where it is the same one.
     if held is not None:
-        _same(opened(held, keys, found), checkpoint, found)
+        _same(opened(held, keys, found, name=KEPT), checkpoint, found)
     return leaf.get("realm") == "simulated"
 
 
@@ -205,15 +208,15 @@ def _verify_consistency(
     # 1. Both checkpoints are signed.
     _require_members(first, CONSISTENCY, "old", "new", "path")
     path = hashes(first["path"], what="consistency proof")
-    old = opened(note_member(first, "old"), keys, found)
-    new = opened(note_member(first, "new"), keys, found)
+    old = opened(note_member(first, "old"), keys, found, name="the old checkpoint")
+    new = opened(note_member(first, "new"), keys, found, name="the new checkpoint")
     if old is None or new is None:
         return
     # 2. The second log extends the first.
     _require_extends(report.PROOF_CONSISTENCY, old, new, path, found)
     # 3. The first is the one that the reader kept.
     if held is not None:
-        _same(opened(held, keys, found), old, found)
+        _same(opened(held, keys, found, name=KEPT), old, found)
 
 
 def _compare(kept: Checkpoint | None, replay: Replay, found: Report) -> None:

@@ -94,17 +94,17 @@ class Replay:
         Returns:
             The checkpoint, or ``None`` when something about it is wrong.
         """
-        found = opened(note, keys, self.report)
+        name = f"checkpoint of {self.size} leaves"
+        found = opened(note, keys, self.report, name=name)
         if found is None:
             return None
-        name = f"checkpoint of {found.size} leaves"
         same_log = self.report.require(
             report.CHECKPOINT_ORIGIN, found.origin == self.origin, f"{name}: of another log",
             observed=found.origin, expected=self.origin,
         )  # fmt: skip
         same_size = self.report.require(
             report.CHECKPOINT_SIZE, found.size == self.size,
-            f"{name}: there are {self.size} leaves", observed=found.size, expected=self.size,
+            f"{name}: it says {found.size}", observed=found.size, expected=self.size,
         )  # fmt: skip
         same_root = same_size and self.report.require(
             report.CHECKPOINT_ROOT, found.root == self.root, f"{name}: these leaves give another",
@@ -151,18 +151,20 @@ class Replay:
                 self.report.fail(report.LEAF_FORM, f"{name}: it names no origin")
 
 
-def opened(note: bytes, keys: Iterable[bytes], found: report.Report) -> Checkpoint | None:
-    """A checkpoint, if its form and a signature are right."""
+def opened(
+    note: bytes, keys: Iterable[bytes], found: report.Report, *, name: str
+) -> Checkpoint | None:
+    """A checkpoint, if its form and a signature are right; ``name`` is what failures call it."""
     try:
         read_checkpoint(note)
     except CaiError as error:
-        found.fail(report.CHECKPOINT_FORM, error.message)
+        found.fail(report.CHECKPOINT_FORM, f"{name}: {error.message}")
         return None
     found.made(report.CHECKPOINT_FORM)
     try:
         checkpoint = open_checkpoint(note, keys)
     except CaiError as error:
-        found.fail(report.CHECKPOINT_SIGNATURE, error.message)
+        found.fail(report.CHECKPOINT_SIGNATURE, f"{name}: {error.message}")
         return None
     found.made(report.CHECKPOINT_SIGNATURE)
     return checkpoint

@@ -17,6 +17,9 @@ from kbs.audit.report import Report
 from kbs.audit.stored import Ledger, LoggedTable
 from kbs.database.tables import AUDIT, AUDIT_CHECKPOINT, AUDIT_HEAD, AUDIT_NODE, INSTANCE
 
+HELD: Final = "the checkpoint kept outside"
+"""What failures call the one that the caller brings."""
+
 BATCH: Final = 500
 """Leaves that are read at a time."""
 
@@ -60,7 +63,7 @@ class _Walk:
         self.found = Report()
         self.replay = Replay(instance, found=self.found, realm=realm)
         self.ledger = Ledger(tables, self.found)
-        self.kept = None if held is None else opened(held, keys, self.found)
+        self.kept = None if held is None else opened(held, keys, self.found, name=HELD)
         self.failures = -1
         self.created = ""
         self.stored: set[tuple[str, int]] = set()
@@ -208,7 +211,16 @@ class _Walk:
             self.found.fail(report.HEAD, error.message)
             return
         replay = self.replay
+        if head.size > replay.size:
+            self.found.fail(
+                report.LEAF_PLACE, f"leaf {replay.size} is missing, and those after it",
+                observed=replay.size, expected=head.size,
+            )  # fmt: skip
         own = head.origin or Replay(self.instance, found=self.found).origin
+        if head.checkpoint and (own, head.checkpoint) not in self.stored:
+            self.found.fail(
+                report.STORED_CHECKPOINT, f"checkpoint of {head.checkpoint} leaves: it is gone"
+            )
         newest = max((size for origin, size in self.stored if origin == own), default=0)
         for name, observed, expected in (
             ("size", head.size, replay.size),
