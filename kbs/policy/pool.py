@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import selectors
 import subprocess
 import sys
@@ -25,7 +26,14 @@ from kbs.policy.worker import MAX_FRAME
 MAX_USES = 10_000
 """A process ends after this many requests, so that nothing can pile up in it."""
 
+START_SECONDS = 30
+"""How long a process may take to start, seconds; the first request pays for it."""
+
+WATCH_SECONDS = 0.02
+"""How often the memory of a busy process is looked at, seconds."""
+
 _LENGTH = 4
+_PAGE = resource.getpagesize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +194,7 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={}, cwd="/", close_fds=True, start_new_session=True, bufsize=0,
         )  # fmt: skip
-        self._start = time.monotonic() + START_SECONDS
+        self._memory = settings.memory_limit_mib * 1024 * 1024
         self._input = cast("IO[bytes]", self._process.stdin)
         self._output = cast("IO[bytes]", self._process.stdout)
         os.set_blocking(self._input.fileno(), False)
@@ -223,29 +231,36 @@ class _Worker:
         self._input.close()
         self._output.close()
 
+    def _wait(self, stream: IO[bytes], event: int, until: float) -> None:
+        """Wait for a pipe, and watch meanwhile what the process uses."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, event)
+            while not selector.select(min(WATCH_SECONDS, max(0.0, until - time.monotonic()))):
+                if time.monotonic() >= until:
+                    raise _WorkerFailed("the evaluation took too long")
+                if self._resident() > self._memory:
+                    raise _WorkerFailed("the evaluation needs too much memory")
+
+    def _resident(self) -> int:
+        """Memory that the process uses, bytes; 0 when it is gone."""
+        try:
+            with open(f"/proc/{self._process.pid}/statm", "rb") as file:  # noqa: PTH123 - hot
+                return int(file.read().split()[1]) * _PAGE
+        except (OSError, IndexError, ValueError):
+            return 0
+
     def _send(self, data: bytes, until: float) -> None:
         view = memoryview(data)
         while view:
-            _wait(self._input, selectors.EVENT_WRITE, until)
+            self._wait(self._input, selectors.EVENT_WRITE, until)
             view = view[os.write(self._input.fileno(), view) :]
 
     def _receive(self, size: int, until: float) -> bytes:
         parts = bytearray()
         while len(parts) < size:
-            _wait(self._output, selectors.EVENT_READ, until)
+            self._wait(self._output, selectors.EVENT_READ, until)
             part = os.read(self._output.fileno(), size - len(parts))
             if not part:
                 raise _WorkerFailed("the evaluation ended its process")
             parts += part
         return bytes(parts)
-
-
-START_SECONDS = 30
-"""How long a process may take to start, seconds; the first request pays for it."""
-
-
-def _wait(stream: IO[bytes], event: int, until: float) -> None:
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, event)
-        if not selector.select(max(0.0, until - time.monotonic())):
-            raise _WorkerFailed("the evaluation took too long")

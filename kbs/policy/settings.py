@@ -15,7 +15,7 @@ class PolicySettings:
         workers: most Rego evaluations at once; each has a process of its own.
         time_limit_s: wall clock of one evaluation, seconds; beyond it the process is killed.
         wait_limit_s: how long a request waits for a free process, seconds.
-        memory_limit_mib: address space of one process, MiB.
+        memory_limit_mib: memory that one process may use, MiB; beyond it the process is killed.
         reference_days: life of reference values that come without an expiry, days.
         require_signed_references: refuse values that no registered key signed.
         unsafe_rego_only: an attestation policy may stand in for a missing ``policy.toml``.
@@ -24,7 +24,7 @@ class PolicySettings:
     workers: int = 2
     time_limit_s: int = 5
     wait_limit_s: int = 20
-    memory_limit_mib: int = 1024
+    memory_limit_mib: int = 512
     reference_days: int = 365
     require_signed_references: bool = False
     unsafe_rego_only: bool = False
@@ -48,7 +48,7 @@ class PolicySettings:
                 "wait_limit_s", default.wait_limit_s, least=1, most=120, unit="seconds"
             ),
             memory_limit_mib=section.integer(
-                "memory_limit_mib", default.memory_limit_mib, least=256, most=8192, unit="MiB"
+                "memory_limit_mib", default.memory_limit_mib, least=128, most=8192, unit="MiB"
             ),
             reference_days=section.integer(
                 "reference_days", default.reference_days, least=1, most=3650, unit="days"

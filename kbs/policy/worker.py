@@ -9,6 +9,7 @@ It can be asked two things, ``evaluate`` and ``inspect``; ``kbs.policy.pool`` is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -65,11 +66,22 @@ def main() -> None:
 
 def limit(mebibytes: int) -> None:
     """Give up what an evaluation does not need."""
-    memory = mebibytes * 1024 * 1024
+    # The engine's allocator has reserved hundreds of GiB of addresses by now, so this bounds only
+    # what is mapped beside it; what is really used is watched by the parent (kbs.policy.pool).
+    memory = _address_space() + mebibytes * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    # If memory runs out all the same, this process is the one to go.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FRAME, MAX_FRAME))
+
+
+def _address_space() -> int:
+    """Addresses that this process has mapped, bytes."""
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    return pages * resource.getpagesize()
 
 
 def serve(regopy: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ cpu := input.submods.cpu0
 
 evidence := cpu["ear.veraison.annotated-evidence"]
 
-gpus := [submod | some name, submod in input.submods; startswith(name, "gpu")]
+gpus := [submod | submod := input.submods[name]; startswith(name, "gpu")]
 
 allow if {
 	data.plugin == "resource"
