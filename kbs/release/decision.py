@@ -9,22 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 from cai.attest.facts import Facts
-from cai.attest.policy import VerificationPolicy
 from cai.attest.verdict import Binding, Check, Verdict, check, not_asked
 from kbs.names import Realm, ResourceName
 from kbs.policy.appraisal import Appraisal, appraise
 from kbs.policy.names import TeeClass
 from kbs.policy.pool import RegoPool
 from kbs.policy.references import References
-from kbs.policy.rego import CHECK_NAME, RegoPolicy
+from kbs.policy.rego import CHECK_NAME
 from kbs.policy.store import Policies
-
-UNSAFE_REGO_ONLY = "policy.unsafe_rego_only"
-"""Name of the loosening that lets an attestation policy stand in for ``policy.toml``."""
 
 
 def judge(
@@ -74,14 +69,13 @@ def judge(
     # (4) Layer 3: asked only when everything before it passed.
     release = policies.release
     checks.append(_present("policy.release", release is not None))
-    unsafe = verification.unsafe if verification is not None else ()
     verdict = Verdict(
         subject=f"release of {resource.uri}",
         checks=tuple(checks),
         simulated=facts.simulated,
         binding=Binding.KEY,
         hardware=hardware,
-        unsafe=(*unsafe, UNSAFE_REGO_ONLY) if stands_in and verification is None else unsafe,
+        unsafe=verification.unsafe if verification is not None else (),
         residual_risks=verification.residual_risks if verification is not None else (),
     )
     if release is None or not verdict.passed:
@@ -120,34 +114,3 @@ def _present(name: str, present: bool) -> Check:  # noqa: FBT001 - the one thing
         expected="set",
         reason="no such policy is set, and without one nothing is released",
     )
-
-
-@cache
-def _pool() -> RegoPool:
-    return RegoPool()
-
-
-def decide(
-    facts: Facts,
-    *,
-    resource: ResourceName,
-    realm: Realm,
-    verification: VerificationPolicy | None,
-    release: RegoPolicy | None,
-    claims: Callable[[tuple[Check, ...]], dict[str, Any]],
-    hardware: dict[str, str],
-    now: datetime,
-) -> Verdict:
-    """``judge`` without attestation policies, reference values and selector; to be replaced."""
-    verdict, _ = judge(
-        facts,
-        resource=resource,
-        realm=realm,
-        policies=Policies(verification=verification, release=release),
-        references=References(),
-        pool=_pool(),
-        claims=lambda appraisal: claims(appraisal.checks or ()),
-        hardware=hardware,
-        now=now,
-    )
-    return verdict
