@@ -49,8 +49,8 @@ class AdminClient:
     """Calls the admin listener with a fresh token each time.
 
     Args:
-        url: of the admin listener: ``https://…``, ``unix:PATH``, or plain HTTP to a loopback
-            address.
+        url: of the admin listener: ``https://…``, ``unix:PATH`` (``unix:PATH#/prefix`` where the
+            broker has a path prefix), or plain HTTP to a loopback address.
         key: the administrator's private key; signs tokens, and proposals.
         clock: the time that tokens are made at.
         ca: PEM file of the authority behind the listener's certificate; by default the system's.
@@ -79,8 +79,9 @@ class AdminClient:
         self._clock = clock
         # A proxy from the environment must never see these calls.
         if url.startswith(UNIX):
-            self._base = "http://kbs.invalid"
-            transport = httpx.HTTPTransport(uds=url.removeprefix(UNIX).removeprefix("//"))
+            path, _, prefix = url.removeprefix(UNIX).removeprefix("//").partition("#")
+            self._base = "http://kbs.invalid" + prefix.rstrip("/")
+            transport = httpx.HTTPTransport(uds=path)
             self._http = httpx.Client(
                 timeout=TIMEOUT_SECONDS, trust_env=False, transport=transport
             )
