@@ -23,6 +23,7 @@ from cai.secret import Secret
 from kbs.audit.log import Entry
 from kbs.core import Core
 from kbs.instance import Instance
+from kbs.keys.signing import KeyName
 from kbs.names import ResourceName
 from kbs.policy.references import References
 from kbs.policy.settings import PolicySettings
@@ -227,17 +228,23 @@ class KeyBroker:
         if not bearer:
             self.count_failure("session")
             raise Unauthenticated("no session and no token", hint="attest first")
-        try:
-            return token.session_of_token(
-                bearer,
-                self.instance.token_key.public_key(),
-                realm=self.instance.realm,
-                instance=self.instance.id,
-                now=self.core.clock(),
-            )
-        except Unauthenticated:
-            self.count_failure("token")
-            raise
+        core = self.core
+        now = core.clock()
+        with core.database.read() as connection:
+            keys = core.signing.living(connection, KeyName.TOKEN, now)
+        refused = Unauthenticated("the attestation token is not of this broker")
+        for key in keys:
+            try:
+                return token.session_of_token(
+                    bearer, key.es256.public_key(), realm=self.instance.realm,
+                    instance=self.instance.id, now=now,
+                )  # fmt: skip
+            except Unauthenticated as error:
+                refused = error
+                if error.machine_code != token.UNKNOWN:
+                    break
+        self.count_failure(refused.machine_code)
+        raise refused
 
     def _find(self, ref: str) -> Session:
         core = self.core
@@ -277,9 +284,11 @@ class KeyBroker:
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
             rules = Rules(Policies(), References())
+        with self.core.database.read() as connection:
+            signer = self.core.signing.current(connection, KeyName.TOKEN).es256
         established = Established(facts, key, evidence, token="")
         claims = self._evaluator.claims(rules, session, established)
-        return replace(established, token=token.sign_token(claims, self.instance.token_key))
+        return replace(established, token=token.sign_token(claims, signer))
 
 
 def _resource_name(path: str) -> ResourceName:
