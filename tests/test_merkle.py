@@ -74,3 +74,59 @@ def test_a_node_is_not_a_leaf() -> None:
 def test_paths_of_leaves_outside_the_tree() -> None:
     with pytest.raises(IndexError):
         merkle.inclusion_path([bytes(32)], 1)
+
+
+@given(LEAVES, st.data())
+def test_every_beginning_is_consistent(data: list[bytes], draw: st.DataObject) -> None:
+    leaves = [merkle.leaf_hash(item) for item in data]
+    old = draw.draw(st.integers(0, len(leaves)))
+    path = merkle.consistency_path(leaves, old)
+    before, after = merkle.root(leaves[:old]), merkle.root(leaves)
+    assert merkle.consistent(old, before, len(leaves), after, path)
+
+
+@given(LEAVES, st.data())
+def test_what_is_no_beginning_is_not_consistent(data: list[bytes], draw: st.DataObject) -> None:
+    leaves = [merkle.leaf_hash(item) for item in data]
+    size = len(leaves)
+    old = draw.draw(st.integers(1, size))
+    path = merkle.consistency_path(leaves, old)
+    before, after = merkle.root(leaves[:old]), merkle.root(leaves)
+    other = merkle.leaf_hash(b"other")
+    assert not merkle.consistent(old, other, size, after, path)
+    assert not merkle.consistent(old, before, size, other, path)
+    assert not merkle.consistent(old, before, size, after, [*path, other])
+    assert not merkle.consistent(size + 1, before, size, after, path)
+    assert not merkle.consistent(-1, before, size, after, path)
+    if path:
+        assert not merkle.consistent(old, before, size, after, path[:-1])
+        place = draw.draw(st.integers(0, len(path) - 1))
+        bent = [*path[:place], other, *path[place + 1 :]]
+        assert not merkle.consistent(old, before, size, after, bent)
+    # One leaf of the beginning replaced, everything after it kept.
+    place = draw.draw(st.integers(0, old - 1))
+    rewritten = [*leaves[:place], other, *leaves[place + 1 :]]
+    proof = merkle.consistency_path(rewritten, old)
+    assert not merkle.consistent(old, before, size, merkle.root(rewritten), proof)
+
+
+def test_the_reference_proofs() -> None:
+    """The proofs of RFC 6962 §2.1.3 over its seven leaves: from 3, 4 and 6 to 7."""
+    leaves = [merkle.leaf_hash(bytes([place])) for place in range(7)]
+    a, b, c, d, e, f, j = leaves
+    g, h, i = merkle.node_hash(a, b), merkle.node_hash(c, d), merkle.node_hash(e, f)
+    k, right = merkle.node_hash(g, h), merkle.node_hash(i, j)
+    assert merkle.consistency_path(leaves, 3) == [c, d, g, right]
+    assert merkle.consistency_path(leaves, 4) == [right]
+    assert merkle.consistency_path(leaves, 6) == [i, j, k]
+    with pytest.raises(IndexError):
+        merkle.consistency_path(leaves, 8)
+
+
+def test_the_empty_tree() -> None:
+    empty, leaf = merkle.root([]), merkle.leaf_hash(b"")
+    assert merkle.consistent(0, empty, 0, empty, [])
+    assert merkle.consistent(0, empty, 1, leaf, [])
+    assert not merkle.consistent(0, leaf, 1, leaf, [])
+    assert not merkle.consistent(0, empty, 0, leaf, [])
+    assert not merkle.consistent(0, empty, 1, leaf, [leaf])
