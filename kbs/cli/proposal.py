@@ -152,7 +152,9 @@ def _table(proposals: list[Any]) -> Any:
     from kbs.admin.proposal_form import Proposal
 
     table = Table(box=None, padding=(0, 1))
-    for heading in ("id", "action", "object", "by", "signed by", "missing", ""):
+    # The id is what people copy; everything else may be folded.
+    table.add_column("id", no_wrap=True, min_width=32)
+    for heading in ("action", "object", "by", "signed by", "missing", ""):
         table.add_column(heading, overflow="fold")
     for item in proposals:
         if not isinstance(item, dict):

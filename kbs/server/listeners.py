@@ -138,13 +138,12 @@ def bind_unix(path: Path) -> socket.socket:
     return listener
 
 
-def close_listener(listener: socket.socket) -> None:
-    """Close a listening socket; a Unix socket's name goes with it."""
-    name = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+def close_listener(listener: socket.socket, path: Path | None) -> None:
+    """Close a listening socket, which its server may have closed; a Unix socket's path goes too."""
     listener.close()
-    if name:
+    if path is not None:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            path.unlink()
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

@@ -130,7 +130,7 @@ def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
         listeners = []
         for address in (main_address, admin_address):
             listeners.append(open_listener(address))
-            stack.callback(close_listener, listeners[-1])
+            stack.callback(close_listener, listeners[-1], address.path)
         broker = stack.enter_context(contextlib.closing(open_broker(settings)))
         crew = stack.enter_context(contextlib.closing(Crew(settings.limits)))
         served = surfaces(broker, settings, crew)
