@@ -42,8 +42,10 @@ __all__ = [
     "encode_tdx_evidence",
     "init_data_digest",
     "parse_additional_evidence",
+    "parse_devices",
     "parse_tdx_evidence",
     "primary_digest",
+    "tee_name",
 ]
 
 VERSION: Final = "0.4.0"

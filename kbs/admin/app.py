@@ -11,7 +11,17 @@ from typing import Final
 from fastapi import FastAPI, Request, Response
 
 from cai.attest.rcar import ErrorInformation
-from kbs.admin import admins, audit, keys, leases, policies, proposals, references, resources
+from kbs.admin import (
+    admins,
+    appraisal,
+    audit,
+    keys,
+    leases,
+    policies,
+    proposals,
+    references,
+    resources,
+)
 from kbs.admin.changes import ChangeKinds, Proposed
 from kbs.admin.office import Office
 from kbs.admin.settings import AdminSettings
@@ -19,7 +29,7 @@ from kbs.core import Core
 from kbs.release.broker import KeyBroker
 from kbs.server.answers import json_answer, new_app, request_id
 
-ROOMS: Final = (admins, proposals, resources, keys, leases, audit, references, policies)
+ROOMS: Final = (admins, appraisal, proposals, resources, keys, leases, audit, references, policies)
 """Modules with routes; those with the most general paths last."""
 
 

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from cai.errors import FormatError, Unauthenticated
+from kbs.appraisal.service import AttestationService
 from kbs.protocol.sessions import LIFETIME
 from kbs.release.broker import KeyBroker
 from kbs.server.answers import (
@@ -17,6 +18,7 @@ from kbs.server.answers import (
     read_body,
     request_id,
 )
+from kbs.server.appraisal_app import appraisal_routes
 from kbs.server.crew import Crew
 from kbs.server.readiness import ready_route
 
@@ -88,8 +90,16 @@ class GuestRoutes:
         return json_answer(answer)
 
 
-def public_app(broker: KeyBroker, crew: Crew) -> Starlette:
-    """The application of the main listener."""
+def public_app(
+    broker: KeyBroker, crew: Crew, appraisal: AttestationService | None = None
+) -> Starlette:
+    """The application of the main listener.
+
+    Args:
+        broker: what guests talk to.
+        crew: runs it.
+        appraisal: the attestation service; ``None`` when there is none.
+    """
     guest = GuestRoutes(broker, crew)
     return Starlette(
         routes=[
@@ -100,6 +110,7 @@ def public_app(broker: KeyBroker, crew: Crew) -> Starlette:
             Route("/kbs/v0/errors/{kind}", error_page, methods=["GET"]),
             Route("/healthz", health_route(broker), methods=["GET"]),
             Route("/readyz", ready_route(broker, crew), methods=["GET"]),
+            *(() if appraisal is None else appraisal_routes(appraisal, crew)),
         ],
         exception_handlers=error_handlers(admin=False),
     )

@@ -10,6 +10,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kbs.admin.app import admin_app
+from kbs.appraisal.service import AttestationService
 from kbs.release.broker import KeyBroker
 from kbs.server.config import ServeSettings
 from kbs.server.crew import Crew
@@ -61,7 +62,12 @@ def surfaces(broker: KeyBroker, settings: ServeSettings, crew: Crew) -> Surfaces
     upload = settings.resources.max_bytes
     admin = admin_app(broker, settings.admin)
     admin.router.routes.append(Route("/readyz", ready_route(broker, crew), methods=["GET"]))
-    main = [public_app(broker, crew)]
+    appraisal = None
+    if settings.attestation.enabled:
+        appraisal = AttestationService(
+            broker.core, broker.verifier, settings.attestation, broker.unsafe
+        )
+    main = [public_app(broker, crew, appraisal)]
     if settings.admin.on_main_listener:
         main.append(admin)
     main_door = Door(http, limits, http.allow, also_bytes=upload if len(main) > 1 else 0)

@@ -88,11 +88,13 @@ class Site:
 
         return asyncio.run(run())
 
+    def admin_token(self) -> str:
+        return make_admin_token(self.admin_key, now=self.clock())
+
     def admin(self, method: str, route: str, body: Any = None) -> httpx.Response:
-        token = make_admin_token(self.admin_key, now=self.clock())
         return self.call(
             method, f"/kbs/v0/{route}", body, app="admin",
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {self.admin_token()}"},
         )
 
     def set_policy(self, route: str, text: bytes) -> httpx.Response:
