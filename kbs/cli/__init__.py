@@ -10,7 +10,7 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import admin, audit, db, lease, policy, proposal, reference, resource, stock
+from kbs.cli import admin, audit, db, key, lease, policy, proposal, reference, resource, stock
 from kbs.cli.admin_call import connection
 from kbs.cli.revoke import revoke, unrevoke
 from kbs.cli.serve import serve
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.add_typer(resource.app, name="resource")
+app.add_typer(key.app, name="key")
 app.add_typer(policy.app, name="policy")
 app.add_typer(reference.app, name="reference")
 app.add_typer(lease.app, name="lease")
