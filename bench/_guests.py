@@ -10,13 +10,20 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 
 from cai.attest.rcar import TeeKey
 from cai.attest.sim import SimulatedPlatform
-from tests.kbs.world import SECRET_TEXT, URI, Visitor
+from tests.kbs.world import FACTS, SECRET_TEXT, STATEMENT, URI, Visitor
+
+
+def visitor_of(platform: SimulatedPlatform, gpus: int) -> Visitor:
+    """A guest that has so many GPUs and says so."""
+    statement = replace(STATEMENT, guest_facts={**FACTS, "count": str(gpus)})
+    return Visitor(platform, gpus=gpus, statement=statement, key=TeeKey.generate())
 
 
 def handshake(http: httpx.Client, url: str, visitor: Visitor) -> float:
@@ -43,7 +50,7 @@ def main() -> None:
     """Say ready, wait for the start, work, report."""
     directory, count, gpus, *urls = sys.argv[1:]
     platform = SimulatedPlatform.load(Path(directory))
-    visitor = Visitor(platform, gpus=int(gpus), key=TeeKey.generate())
+    visitor = visitor_of(platform, int(gpus))
     with httpx.Client(trust_env=False, timeout=60) as http:
         handshake(http, urls[0], visitor)
         print("ready", flush=True)

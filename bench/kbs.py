@@ -1,6 +1,6 @@
 """How fast the key broker releases keys, and what its CPU time goes into.
 
-    python -m bench.kbs [--json] [--handshakes 200] [--guests 4] [--gpus 1] [--profile]
+    python -m bench.kbs [--json] [--handshakes 200] [--guests 4] [--gpus 8] [--profile]
 
 Brokers, guests and PostgreSQL are processes on this machine; evidence is simulated in the vendors'
 layouts, verified as real evidence is. A handshake is auth, attest and one resource. Handshakes per
@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from bench._guests import visitor_of
 from cai.attest.rcar import Attestation
 from kbs.database.settings import DatabaseSettings
 from kbs.server.service import ServeSettings, open_broker
@@ -100,7 +101,7 @@ class Bench:
             broker.close()
 
     def visitor(self) -> Visitor:
-        return Visitor(self.platform, gpus=self.gpus)
+        return visitor_of(self.platform, self.gpus)
 
     def verification(self, site: Site, seconds: float = 2.0) -> float:
         """CPU seconds of one verification of the guest's evidence, with warm caches."""
@@ -163,7 +164,7 @@ def measure(
         before = sum(map(cpu_of, brokers))
         database = cpu_of(cluster.process.pid) if cluster else 0.0
         start = time.perf_counter()
-        times = [item for visitor in visitors for item in []]
+        times: list[float] = []
         for visitor in visitors:
             assert visitor.stdin is not None
             visitor.stdin.write("go\n")
@@ -272,7 +273,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--handshakes", type=int, default=200, help="of each row")
     parser.add_argument("--guests", type=int, default=4, help="guests at once")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of a guest")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a guest")
     parser.add_argument("--profile", action="store_true", help="profile one broker instead")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="cai-bench-") as directory:
