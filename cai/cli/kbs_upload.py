@@ -5,13 +5,21 @@ from __future__ import annotations
 import ipaddress
 import json
 import time
+from hashlib import sha256
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cai import jcs
 from cai.attest.jwk import b64u_encode
-from cai.errors import PeerError, PeerUnreachable, Refused, Unauthenticated, UsageError
+from cai.errors import (
+    PeerError,
+    PeerUnreachable,
+    Refused,
+    Unauthenticated,
+    Undecided,
+    UsageError,
+)
 
 TOKEN_LIFETIME_S = 300
 """How long the admin token of an upload is valid, seconds."""
@@ -58,6 +66,7 @@ def upload_resource(url: str, resource: str, data: bytes, key: Ed25519PrivateKey
     Raises:
         PeerUnreachable: nothing answers.
         Unauthenticated, Refused: the KBS says no.
+        Undecided: the KBS asks for further persons; nothing is stored yet.
         PeerError: it answers with an error.
     """
     check_address(url)
@@ -74,6 +83,11 @@ def upload_resource(url: str, resource: str, data: bytes, key: Ed25519PrivateKey
         raise PeerUnreachable(
             f"the KBS at {url} cannot be reached: {error}", hint="is its admin listener running?"
         ) from error
+    if answer.status_code == httpx.codes.ACCEPTED:
+        raise Undecided(
+            f"the KBS at {url} has not stored it yet: the change waits for several persons",
+            hint="kbs proposal list; kbs proposal approve ID", code="proposed",
+        )  # fmt: skip
     if answer.is_success:
         return
     said = f"the KBS at {url} answered {answer.status_code}{_reason(answer.content)}"
@@ -85,14 +99,14 @@ def upload_resource(url: str, resource: str, data: bytes, key: Ed25519PrivateKey
 
 
 def admin_token(key: Ed25519PrivateKey, *, now: int) -> str:
-    """A short-lived administrator's JWT (EdDSA)."""
+    """A short-lived administrator's JWT (EdDSA); ``kid`` finds the key among several."""
+    key_id = sha256(key.public_key().public_bytes_raw()).hexdigest()[:32]
     claims = {
         "iss": "cai", "sub": "admin", "aud": ["KBS"], "role": "admin",
         "iat": now, "exp": now + TOKEN_LIFETIME_S,
     }
-    signed = ".".join(
-        b64u_encode(jcs.canonical(part)) for part in ({"alg": "EdDSA", "typ": "JWT"}, claims)
-    )
+    header = {"alg": "EdDSA", "kid": key_id, "typ": "JWT"}
+    signed = ".".join(b64u_encode(jcs.canonical(part)) for part in (header, claims))
     return f"{signed}.{b64u_encode(key.sign(signed.encode('ascii')))}"
 
 

@@ -93,6 +93,16 @@ def test_the_key_is_found_by_name_where_the_token_has_no_key_id(site: Site) -> N
         assert answer.status_code == status
 
 
+def test_a_token_of_cai_encrypt_is_found_by_its_key_id(site: Site) -> None:
+    from cai.cli.kbs_upload import admin_token
+
+    alice = hire(site, "alice", "resource")
+    token = admin_token(alice.key, now=int(site.clock().timestamp()))
+    headers = {"Authorization": f"Bearer {token}"}
+    me = site.call("GET", "/kbs/v0/whoami", app="admin", headers=headers).json()
+    assert (me["name"], me["roles"]) == ("alice", ["resource"])
+
+
 def test_an_administrator_of_one_tenant(site: Site) -> None:
     from kbs.admin.changes import Applied, ChangeKind, Role, first_segment
     from kbs.admin.office import Office

@@ -255,3 +255,11 @@ def test_what_is_no_proposal_is_not_signed(peer: Any) -> None:
         Peer.answers = [(202, json.dumps({"proposer_counts": True, **bent}).encode())]
         with client(url(peer)) as own, pytest.raises(FormatError):
             own.post("x")
+
+
+def test_cai_encrypt_does_not_take_a_proposal_for_done(peer: Any) -> None:
+    from cai.cli.kbs_upload import upload_resource
+
+    Peer.answers = [(202, json.dumps(shown()).encode())]
+    with pytest.raises(Undecided, match="has not stored it yet"):
+        upload_resource(url(peer), "a/b/c", b"x", KEY)
