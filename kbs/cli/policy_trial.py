@@ -148,8 +148,7 @@ class _Texts:
             return
         text = read_settings_file(self._file, what="policy")
         policy = RegoPolicy.checked(text, pool)
-        rules = {rule.split(".")[2] for rule in pool.inspect(policy.text).rules if "." in rule}
-        if TRUST_CLAIMS in rules:
+        if pool.inspect(policy.text).defines(TRUST_CLAIMS):
             self._attestation.append(self._file)
         elif self._release is not None:
             raise UsageError("FILE is a resource policy already", hint="leave out --release")

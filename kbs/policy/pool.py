@@ -67,6 +67,10 @@ class Inspection:
     redefines: bool = False
     problem: str = ""
 
+    def defines(self, rule: str) -> bool:
+        """Whether ``package policy`` has a rule of this name."""
+        return any(path.split(".")[1:3] == ["policy", rule] for path in self.rules)
+
 
 class RegoPool:
     """Evaluates policies in processes of their own; safe to use from several threads.

@@ -118,7 +118,7 @@ class RegoPolicy:
 
         policy = cls.checked(data, pool)
         found = pool.inspect(policy.text)
-        if not any(rule.split(".")[2:3] == [TRUST_CLAIMS] for rule in found.rules):
+        if not found.defines(TRUST_CLAIMS):
             raise FormatError(
                 "policy: it has no rule trust_claims",
                 hint='trust_claims := {"executables": executables, "hardware": hardware}',
