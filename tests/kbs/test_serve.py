@@ -88,7 +88,7 @@ def test_the_whole_way_over_sockets(running: Running, visitor: Visitor, tmp_path
         health = client.get("/healthz").json()
     assert health["unsafe"] == ["unsafe_simulated_root"]
     shown = json.loads(kbs("policy", "show", "--json", *admin, cwd=tmp_path).stdout)
-    assert shown["verification-policy"]["text"] == (tmp_path / "policy.toml").read_text()
+    assert shown["verification/default"]["text"] == (tmp_path / "policy.toml").read_text()
     audit = kbs("audit", "show", "--json", *admin, cwd=tmp_path)
     decisions = [
         (row["action"], row["decision"]) for row in json.loads(audit.stdout)["rows"]
