@@ -10,7 +10,19 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from kbs.cli import admin, audit, db, key, lease, policy, proposal, reference, resource, stock
+from kbs.cli import (
+    admin,
+    audit,
+    config,
+    db,
+    key,
+    lease,
+    policy,
+    proposal,
+    reference,
+    resource,
+    stock,
+)
 from kbs.cli.admin_call import connection
 from kbs.cli.revoke import revoke, unrevoke
 from kbs.cli.serve import serve
@@ -33,6 +45,7 @@ app.add_typer(admin.app, name="admin")
 app.add_typer(proposal.app, name="proposal")
 app.add_typer(audit.app, name="audit")
 app.add_typer(db.app, name="db")
+app.add_typer(config.app, name="config")
 app.callback()(connection)
 stock.add_verbs(app)
 
