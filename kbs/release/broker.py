@@ -31,6 +31,7 @@ from kbs.policy.store import Policies
 from kbs.protocol import attestation as protocol
 from kbs.protocol import token
 from kbs.protocol.sessions import Established, Session, State, session_ref
+from kbs.protocol.slim import slim
 from kbs.protocol.verifier import Verifier
 from kbs.release.evaluation import Evaluator, Rules
 from kbs.release.pipeline import Asked, Pipeline
@@ -288,7 +289,7 @@ class KeyBroker:
             signer = self.core.signing.current(connection, KeyName.TOKEN).es256
         established = Established(facts, key, evidence, token="")
         claims = self._evaluator.claims(rules, session, established)
-        return replace(established, token=token.sign_token(claims, signer))
+        return replace(established, token=token.sign_token(slim(claims), signer))
 
 
 def _resource_name(path: str) -> ResourceName:
