@@ -205,11 +205,6 @@ class ResourceStore:
             self._contents(sealed.stored), sealed.version, sealed.lease, sealed.owner, sealed.model
         )
 
-    def get(self, connection: Connection, path: str) -> Resource | None:
-        """The newest version, opened inside the transaction; for callers that do not wait."""
-        sealed = self.sealed(connection, path)
-        return None if sealed is None else self.open(sealed)
-
     def external(self, path: str) -> ExternalPrefix | None:
         """Where a resource lives when not here: the longest prefix that covers it."""
         covering = [item for item in self.settings.external if item.covers(path)]
