@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Table, func, insert, select, tuple_
 
 from cai.errors import InputMissing, Tampered
 from kbs.audit.leaf import change_of, parse_leaf
-from kbs.audit.log import Change, logged_change, newest_change
+from kbs.audit.log import Change, changes, logged_change, newest_change
 from kbs.database.tables import AUDIT
 from kbs.keys.sealing import RowIdentity, Sealer, row_hash
 
@@ -66,6 +66,7 @@ class VersionedRows:
         self._instance = instance
         self._realm = realm
         self._sealer = sealer
+        self._known: tuple[int, list[str]] | None = None
 
     def get(self, connection: Connection, path: str) -> Stored | None:
         """The newest version, or ``None`` when there is none.
@@ -151,11 +152,14 @@ class VersionedRows:
         return Change(self.object_name(path), self._next(connection, path), "")
 
     def paths(self, connection: Connection, prefix: str = "") -> list[str]:
-        """Paths of the living objects, as the audit log has them, in order."""
-        start = self.object_name(prefix)
-        within = AUDIT.c.object.startswith(start, autoescape=True)
-        names = connection.execute(select(AUDIT.c.object).distinct().where(within)).scalars()
-        newest = _newest_changes(connection, list(names))
+        """Paths of the living objects, as the audit log has them, in order.
+
+        Not as the table has them: a row that was deleted behind the broker's back is then missed
+        when it is read.
+        """
+        names = [name for name in self._names(connection)
+                 if name.startswith(self.object_name(prefix))]  # fmt: skip
+        newest = _newest_changes(connection, names)
         skip = len(self.object_name(""))
         return sorted(name[skip:] for name, change in newest.items() if change.row_hash)
 
@@ -175,6 +179,15 @@ class VersionedRows:
     def object_name(self, path: str) -> str:
         """What the audit log calls an object of this table."""
         return f"{self._table.name}/{path}"
+
+    def _names(self, connection: Connection) -> list[str]:
+        """Every object that ever was; the log is searched once after each change."""
+        count, known = changes(connection), self._known
+        if known is None or known[0] != count:
+            within = AUDIT.c.object.startswith(self.object_name(""), autoescape=True)
+            found = connection.execute(select(AUDIT.c.object).distinct().where(within)).scalars()
+            known = self._known = (count, list(found))
+        return known[1]
 
     def _next(self, connection: Connection, path: str) -> int:
         logged = newest_change(connection, self.object_name(path))

@@ -13,7 +13,9 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
+from operator import itemgetter
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -45,6 +47,9 @@ MAX_KEY = 4096
 
 MAX_SIGNATURE = 1024
 """Longest signature in base64, characters."""
+
+KEPT = 32
+"""How many opened bundles are kept, so that a release need not verify each one again."""
 
 MESSAGE_VERSION: Final = "0.1.0"
 """Version of Trustee's message."""
@@ -196,6 +201,12 @@ class ReferenceKey:
             return cls(key)
         raise FormatError("public key: expected Ed25519 or ECDSA P-256")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReferenceKey) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
     def verifies(self, data: bytes, signature: bytes) -> bool:
         """Whether this key signed these bytes (ECDSA: DER, SHA-256, as cosign does)."""
         try:
@@ -246,15 +257,22 @@ class SignedBundle:
             Refused: none did.
             FormatError, LimitExceeded: the bundle has another form.
         """
-        # The signature first: nobody else's bytes are worth parsing.
-        for name, key in sorted(keys.items()):
-            if key.verifies(self.bundle, self.signature):
-                return Bundle.parse(self.bundle), name
-        raise Refused(
-            "no registered key signed this bundle",
-            hint="kbs reference keys add NAME FILE.pem",
-            code="reference-signature",
-        )
+        return _opened(self, tuple(sorted(keys.items(), key=itemgetter(0))))
+
+
+@lru_cache(maxsize=KEPT)
+def _opened(
+    signed: SignedBundle, keys: tuple[tuple[str, ReferenceKey], ...]
+) -> tuple[Bundle, str]:
+    # The signature first: nobody else's bytes are worth parsing.
+    for name, key in keys:
+        if key.verifies(signed.bundle, signed.signature):
+            return Bundle.parse(signed.bundle), name
+    raise Refused(
+        "no registered key signed this bundle",
+        hint="kbs reference keys add NAME FILE.pem",
+        code="reference-signature",
+    )
 
 
 def parse_message(data: bytes) -> dict[str, Any]:
