@@ -8,7 +8,7 @@ to Rego under the names that Trustee gives its claims, so that policies written 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cai.attest.statement import ChannelStatement, ReleaseStatement, ServedModel
@@ -128,8 +128,8 @@ class Facts:
     def to_json(self) -> dict[str, object]:
         """The facts as JSON; ``from_json`` is the inverse."""
         return {
-            "tdx": _plain(asdict(self.tdx)),
-            "devices": [_plain(asdict(device)) for device in self.devices],
+            "tdx": _members(self.tdx),
+            "devices": [_members(device) for device in self.devices],
             "gpu_digest": self.gpu_digest,
             "simulated": self.simulated,
             "launch_digest": self.launch_digest,
@@ -186,11 +186,13 @@ def _listed(items: tuple[Any, ...] | None) -> list[Any] | None:
     return None if items is None else list(items)
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
+def _members(part: TdxFacts | DeviceFacts) -> dict[str, Any]:
+    """The members as JSON; they hold texts one level deep, so ``asdict`` would copy for nothing."""
+    members = {item.name: getattr(part, item.name) for item in fields(part)}
     return {
         name: list(item) if isinstance(item, tuple) else dict(item) if isinstance(item, Mapping)
         else item
-        for name, item in value.items()
+        for name, item in members.items()
     }  # fmt: skip
 
 
