@@ -256,8 +256,8 @@ def _attestation_ids(core: Core, tenant: str) -> list[str]:
 
 
 def _attestation(policy_id: str) -> PolicyName:
-    """An attestation policy by Trustee's id; one without a class is the CPU's, as it was once."""
-    if policy_id.rpartition("_")[2] not in list(TeeClass):
+    """An attestation policy by Trustee's id; a bare one is the CPU's, as it was once."""
+    if "_" not in policy_id:
         policy_id = f"{policy_id}_{TeeClass.CPU}"
     return PolicyName.parse(f"{PolicyKind.ATTESTATION}/{policy_id}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cai.errors import FormatError
 from kbs.names import ResourceName
 from kbs.policy.names import PolicyName, TeeClass, prefixes
 from kbs.policy.store import parse_binding
+from tests.kbs.admin.crew import hire
 from tests.kbs.world import SECRET_TEXT, URI, Site, Visitor
 
 ALLOW = b"package policy\ndefault allow := true\n"
@@ -299,6 +301,7 @@ def test_trustees_routes(site: Site) -> None:
         {"policy_id": "default_cpu", "policy": b64u_encode(b"package other\n")},
         {"policy_id": "default_cpu", "policy": b64u_encode(ALLOW)},
         {"policy_id": "../default_cpu", "policy": b64u_encode(CLAIMS)},
+        {"policy_id": "default_ppcie", "policy": b64u_encode(CLAIMS)},
     ],
 )  # fmt: skip
 def test_unsound_attestation_policies_are_not_stored(site: Site, body: Any) -> None:
@@ -352,3 +355,59 @@ def test_an_edited_old_version_is_detected(site: Site) -> None:
     connection.close()
     assert site.admin("GET", "policy/resource/").status_code == 200
     assert site.admin("GET", "policy/resource/?version=1").status_code == 500
+
+
+# Administrators of one tenant, and other roles.
+
+
+def test_an_administrator_of_one_tenant_sees_and_sets_its_own(site: Site) -> None:
+    alice = hire(site, "alice", "policy", "reference", tenant="models")
+    body = {"policy": b64u_encode(DENY)}
+    put(site, "resource/", DENY)
+    put(site, "resource/others", DENY)
+    for name, status in (
+        ("resource/models", 200), ("resource/models/a", 200), ("resource/", 403),
+        ("resource/others", 403), ("binding/others", 403),
+    ):  # fmt: skip
+        assert alice.call("POST", f"policy/{name}", body).status_code == status
+    assert alice.call("POST", "resource-policy", body).status_code == 403
+    claims = {"policy_id": "default_cpu", "policy": b64u_encode(CLAIMS)}
+    assert alice.call("POST", "attestation-policy", claims).status_code == 403
+    own = {**claims, "policy_id": "models/default_cpu"}
+    assert alice.call("POST", "attestation-policy", own).status_code == 200
+    listed = alice.call("GET", "policies").json()["policies"]
+    assert [item["policy"] for item in listed] == [
+        "attestation/models/default_cpu", "resource/", "resource/models", "resource/models/a",
+    ]  # fmt: skip
+    assert alice.call("GET", "policy/resource/others").status_code == 403
+    assert alice.call("GET", "policy-versions/resource/others").status_code == 403
+    assert alice.call("DELETE", "policy/resource/others").status_code == 403
+    assert alice.call("GET", "policy/resource/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("role", "reads", "writes"),
+    [("policy", 200, 200), ("auditor", 200, 403), ("reference", 403, 403), ("resource", 403, 403)],
+)
+def test_roles(site: Site, role: str, reads: int, writes: int) -> None:
+    person = hire(site, "bob", role)
+    assert person.call("GET", "policies").status_code == reads
+    answer = person.call("POST", "policy/resource/a", {"policy": b64u_encode(DENY)})
+    assert answer.status_code == writes
+    assert person.call("DELETE", "policy/resource/a").status_code == writes
+
+
+def test_keys_of_reference_values_are_for_the_owner_alone(site: Site) -> None:
+    person = hire(site, "carol", "reference", "policy", "auditor")
+    assert person.call("POST", "reference-key/x", b"x").status_code == 403
+    assert person.call("DELETE", "reference-key/x").status_code == 403
+    values = {"values": {"a": 1}, "expires": None}
+    assert person.call("POST", "reference-values", values).status_code == 200
+
+
+def test_signed_values_only_where_that_is_set(site: Site) -> None:
+    core = site.broker.core
+    core.policy_settings = replace(core.policy_settings, require_signed_references=True)
+    values = {"values": {"a": 1}, "expires": None}
+    answer = site.admin("POST", "reference-values", values)
+    assert (answer.status_code, answer.json()["code"]) == (403, "reference-unsigned")
