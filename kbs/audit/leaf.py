@@ -193,5 +193,7 @@ def time_of(leaf: Mapping[str, Any]) -> datetime:
 
 def plain(text: str) -> str:
     """Text from outside, made safe to keep: bounded, printable, no lone surrogate."""
+    if len(text) <= TEXT_LIMIT and text.isprintable():  # no surrogate is printable
+        return text
     shown = "".join(char if char.isprintable() else "�" for char in text[:TEXT_LIMIT])
     return shown.encode("utf-8", "replace").decode("utf-8")
