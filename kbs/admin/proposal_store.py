@@ -1,8 +1,6 @@
 """Proposals in the database: made, signed, rejected, applied or void.
 
-Signatures count at the moment that the last one arrives: each is checked again against the key,
-role, tenant and end that its person has then. So one who was removed meanwhile no longer counts,
-and nobody who edits the database can add a signature.
+Every step is a leaf of the audit log, and the step that applies a change is in its transaction.
 """
 
 from __future__ import annotations
@@ -14,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from cai.attest.jwk import b64u_encode
-from cai.errors import InputMissing, LimitExceeded, Refused
+from cai.errors import InputMissing, LimitExceeded
 from kbs.admin.changes import ChangeKind, ChangeKinds, Conflict, Outdated, Proposed, Role
 from kbs.admin.identity import Directory
 from kbs.admin.people import Administrator
 from kbs.admin.proposal_form import MAX_CONTENTS, Pending, Proposal
+from kbs.admin.quorum import Quorum
 from kbs.admin.rows import AdminRows
 from kbs.admin.settings import TwoPerson
 from kbs.audit.log import Change, Entry
@@ -67,7 +66,7 @@ class Proposals:
         self._core = core
         self._directory = directory
         self._kinds = kinds
-        self._rule = rule
+        self._quorum = Quorum(directory, rule)
         self._log = log
         self._rows = AdminRows(PROPOSAL, core)
 
@@ -95,7 +94,7 @@ class Proposals:
                 raise LimitExceeded(
                     f"{MAX_PROPOSALS} proposals wait already", hint="kbs proposal list"
                 )
-            self._require_enough(connection, kind, object_id, admin)
+            self._quorum.require_enough(connection, kind, object_id, admin)
             proposal = Proposal.about(
                 contents,
                 kbs=core.instance.id,
@@ -105,7 +104,7 @@ class Proposals:
                 state=kind.state_of(core, connection, object_id),
                 proposer=admin.name,
                 created=seconds,
-                expires=seconds + self._rule.hours * 3600,
+                expires=seconds + self._quorum.rule.hours * 3600,
             )
             pending = Pending(proposal, contents, admin.actor, {})
             change = self._rows.put(connection, proposal.id, pending.encode())
@@ -153,7 +152,7 @@ class Proposals:
                 pending = self._known(connection, identifier, admin)
                 kind = self._signable(pending, admin, signature)
                 signed = pending.with_signature(admin.name, signature)
-                complete = self._complete(connection, kind, signed)
+                complete = self._quorum.complete(connection, kind, signed)
             prepared: Any = pending.contents
             if complete:
                 kind.check(core, pending.proposal.object, pending.contents)
@@ -209,7 +208,7 @@ class Proposals:
                 )
                 return _Void(reason)
             signed = pending.with_signature(admin.name, signature)
-            if not self._complete(connection, kind, signed):
+            if not self._quorum.complete(connection, kind, signed):
                 change = self._rows.put(connection, identifier, signed.encode())
                 self._leaf(
                     connection, "proposal.approve", admin.actor, request, proposal, change,
@@ -218,7 +217,7 @@ class Proposals:
                 return self._shown(connection, signed, admin)
             if prepared is None:
                 raise Outdated("the proposal was completed meanwhile", hint="try again")
-            persons = self._counting(connection, kind, signed)
+            persons = self._quorum.counting(connection, kind, signed)
             change = self._rows.remove(connection, identifier)
             self._leaf(
                 connection, "proposal.apply", admin.actor, request, proposal, change,
@@ -231,71 +230,8 @@ class Proposals:
 
     def _signable(self, pending: Pending, admin: Administrator, signature: str) -> ChangeKind:
         kind = self._kinds.find(pending.proposal.action)
-        admin.require(kind.role)
-        admin.require_tenant(kind.tenant(pending.proposal.object))
-        if admin.key is None:
-            raise Refused(
-                f"{admin.name} has no key here to sign with",
-                hint="kbs admin add gives a person a key; identity providers cannot sign",
-                code="proposal-signature",
-            )
-        if not self._may_count(admin, pending.proposal.proposer):
-            raise Refused(
-                f"the signature of {admin.name} does not count here",
-                hint="the settings under admin.two_person say whose does",
-                code="proposal-signature",
-            )
-        if not pending.proposal.signed_by(admin.key, signature):
-            raise Refused(
-                "that is not a signature of yours under this proposal",
-                hint="kbs proposal approve makes one", code="proposal-signature",
-            )  # fmt: skip
+        self._quorum.require_may_sign(kind, pending, admin, signature)
         return kind
-
-    def _may_count(self, admin: Administrator, proposer: str) -> bool:
-        rule = self._rule
-        if admin.name == proposer and not rule.proposer_counts:
-            return False
-        return not rule.approvers or admin.name in rule.approvers
-
-    def _counting(self, connection: Connection, kind: ChangeKind, pending: Pending) -> list[str]:
-        proposal = pending.proposal
-        return [
-            person
-            for person, signature in sorted(pending.signatures.items())
-            if (admin := self._directory.person(connection, person)) is not None
-            and self._could_sign(admin, kind, proposal.object, proposal.proposer)
-            and admin.key is not None
-            and proposal.signed_by(admin.key, signature)
-        ]
-
-    def _could_sign(
-        self, admin: Administrator, kind: ChangeKind, object_id: str, proposer: str
-    ) -> bool:
-        return (
-            bool(admin.roles & {Role.ADMIN, kind.role})
-            and admin.tenant in ("", kind.tenant(object_id))
-            and self._may_count(admin, proposer)
-        )
-
-    def _complete(self, connection: Connection, kind: ChangeKind, pending: Pending) -> bool:
-        return len(self._counting(connection, kind, pending)) >= self._rule.required
-
-    def _require_enough(
-        self, connection: Connection, kind: ChangeKind, object_id: str, proposer: Administrator
-    ) -> None:
-        able = [
-            admin.name
-            for admin in self._directory.persons(connection)
-            if self._could_sign(admin, kind, object_id, proposer.name)
-        ]
-        if len(able) < self._rule.required:
-            raise Conflict(
-                f"{kind.action} needs {self._rule.required} signatures, and only {len(able)}"
-                " persons could sign",
-                hint="switch admin.two_person off, add administrators, and switch it on again",
-                code="proposal-persons",
-            )
 
     def _void(self, connection: Connection, kind: ChangeKind, proposal: Proposal) -> str:
         if self._core.clock().timestamp() >= proposal.expires:
@@ -341,7 +277,7 @@ class Proposals:
         self, connection: Connection, pending: Pending, admin: Administrator
     ) -> dict[str, Any]:
         kind = self._kinds.find(pending.proposal.action)
-        counting = self._counting(connection, kind, pending)
+        counting = self._quorum.counting(connection, kind, pending)
         may_see = bool(admin.roles & {Role.ADMIN, kind.role})
         void = self._void(connection, kind, pending.proposal)
         return self._summary(pending, kind, counting, may_see=may_see, void=void)
@@ -356,9 +292,9 @@ class Proposals:
             "id": proposal.id,
             "proposal": proposal.to_json(),
             "signed_by": counting,
-            "needed": self._rule.required,
-            "missing": max(0, self._rule.required - len(counting)),
-            "proposer_counts": self._rule.proposer_counts,
+            "needed": self._quorum.rule.required,
+            "missing": max(0, self._quorum.rule.required - len(counting)),
+            "proposer_counts": self._quorum.rule.proposer_counts,
             "void": void,
             "applied": False,
         }
