@@ -34,6 +34,11 @@ FILE: Final = "file"
 class ProviderSettings(Protocol):
     """One described provider."""
 
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """Names of its loosened settings."""
+        ...
+
     def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
         """The provider.
 
@@ -54,9 +59,11 @@ class FileSettings:
 
     Attributes:
         path: 64 hex digits, 0400, in a directory of its own.
+        unsafe: nothing can be loosened.
     """
 
     path: Path
+    unsafe: tuple[str, ...] = ()
 
     @classmethod
     def from_table(cls, section: Section) -> FileSettings:
@@ -76,9 +83,11 @@ class PassphraseSettings:
 
     Attributes:
         passphrase: where it comes from.
+        unsafe: nothing can be loosened.
     """
 
     passphrase: SecretInput
+    unsafe: tuple[str, ...] = ()
 
     @classmethod
     def from_table(cls, section: Section) -> PassphraseSettings:
@@ -102,6 +111,11 @@ class Pkcs11Settings:
     """
 
     where: TokenKey
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """See ``ProviderSettings``."""
+        return ("unsafe_extractable_key",) if self.where.unsafe_extractable_key else ()
 
     @classmethod
     def from_table(cls, section: Section) -> Pkcs11Settings:
@@ -137,11 +151,13 @@ class VaultSettings:
         address: where Vault is.
         mount: path of the engine.
         key: name of the key.
+        unsafe: nothing can be loosened.
     """
 
     address: VaultAddress
     mount: str
     key: str
+    unsafe: tuple[str, ...] = ()
 
     @classmethod
     def from_table(cls, section: Section) -> VaultSettings:
@@ -162,15 +178,19 @@ class AliyunSettings:
     Attributes:
         kms: the way in; the configuration alone opens no connection.
         key: id or alias of the key.
+        unsafe: names of its loosened settings.
     """
 
     kms: Kms
     key: str
+    unsafe: tuple[str, ...] = ()
 
     @classmethod
     def from_table(cls, section: Section) -> AliyunSettings:
         """Read a provider of kind ``aliyun-kms``."""
-        return cls(open_kms(section), section.text("key"))
+        kms = open_kms(section)
+        plain = section.flag("unsafe_plain_http", default=False)
+        return cls(kms, section.text("key"), ("unsafe_plain_http",) if plain else ())
 
     def open(self, name: str, *, data: Path, create: bool) -> KeyProvider:
         """See ``ProviderSettings``."""
@@ -224,6 +244,12 @@ class KeySettings:
                 hint=suggestion(provider, providers) or "describe it in [keys.providers.NAME]",
             )
         return cls(provider, providers)
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """Names of the loosened settings."""
+        found = (name for item in self.providers.values() for name in item.unsafe)
+        return tuple(dict.fromkeys(found))
 
     def open(self, kek_file: Path, *, data: Path, create: bool) -> Keyring:
         """Every provider, ready for use.

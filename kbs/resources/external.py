@@ -87,11 +87,13 @@ class ExternalPrefix:
         prefix: ``""`` for all, ``repo``, ``repo/type`` or ``repo/type/tag``.
         source: where they are read.
         lease: ``required``, ``optional``, or empty: required when the contents are a record.
+        unsafe: names of its loosened settings.
     """
 
     prefix: str
     source: SecretSource
     lease: str = ""
+    unsafe: tuple[str, ...] = ()
 
     def covers(self, path: str) -> bool:
         """Whether a resource comes from here."""
@@ -118,8 +120,15 @@ def external_prefix(section: Section) -> ExternalPrefix:
             f"{section.where}: unknown lease {lease!r}", hint=f"known are: {', '.join(LEASES)}"
         )
     source = _source(section)
+    # Only Alibaba Cloud's tables know this word; anywhere else ``finish`` refuses it.
+    plain = section.text("kind") == "aliyun-kms" and section.flag(
+        "unsafe_plain_http", default=False
+    )
     section.finish()
-    return ExternalPrefix(prefix, source, "" if lease == "by-contents" else lease)
+    return ExternalPrefix(
+        prefix, source, "" if lease == "by-contents" else lease,
+        ("unsafe_plain_http",) if plain else (),
+    )  # fmt: skip
 
 
 def _source(section: Section) -> SecretSource:

@@ -7,6 +7,8 @@ somebody removed behind the broker's back is not taken for one that was purged.
 
 from __future__ import annotations
 
+import logging
+import threading
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Connection, select
 
+from cai.errors import CaiError
 from kbs.audit.leaf import Entry, parse_leaf, time_of
 from kbs.audit.log import newest_change
 from kbs.database.tables import AUDIT, RESOURCE
@@ -22,6 +25,11 @@ from kbs.resources.store import object_name
 
 if TYPE_CHECKING:
     from kbs.core import Core
+
+LOG = logging.getLogger("kbs")
+
+SWEEP_SECONDS: Final = 3600
+"""How often a running broker looks for what is overdue, seconds."""
 
 ACTION: Final = "resource.purge"
 """Action of the audit leaves."""
@@ -87,6 +95,34 @@ def sweep(core: Core, *, actor: Mapping[str, str] | None = None, request: str = 
             core.audit.append(connection, entry, core.clock())
             purged += 1
     return purged
+
+
+class Retention:
+    """Sweeps now and then while a broker runs; several replicas do no harm to each other.
+
+    Args:
+        core: the broker's state.
+        every: pause between two sweeps, seconds.
+    """
+
+    def __init__(self, core: Core, *, every: float = SWEEP_SECONDS) -> None:
+        self._core = core
+        self._every = every
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it; a sweep that runs ends first."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._every):
+            try:
+                sweep(self._core)
+            except CaiError as error:
+                LOG.warning("retention: %s", error.message)
 
 
 def _deleted_at(connection: Connection, path: str) -> int | None:

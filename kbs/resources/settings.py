@@ -34,6 +34,11 @@ class ResourceSettings:
     keep_days: int = 30
     external: tuple[ExternalPrefix, ...] = ()
 
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """Names of the loosened settings."""
+        return tuple(dict.fromkeys(name for item in self.external for name in item.unsafe))
+
     @classmethod
     def from_table(cls, section: Section | None) -> ResourceSettings:
         """Read ``[resources]``.

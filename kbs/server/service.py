@@ -25,6 +25,7 @@ from kbs.names import Realm
 from kbs.policy.rego_library import load_rego
 from kbs.protocol.verifier import Endorsements, Verifier
 from kbs.release.broker import KeyBroker
+from kbs.resources.retention import Retention
 from kbs.server.config import ServeSettings
 from kbs.server.connection import bounded_connections
 from kbs.server.crew import Crew
@@ -87,7 +88,7 @@ def open_broker(
         instance,
         verifier=Verifier(anchors, realm, endorsements),
         clock=clock,
-        unsafe=unsafe + settings.policy.unsafe,
+        unsafe=unsafe + settings.policy.unsafe + settings.keys.unsafe + settings.resources.unsafe,
         leases=settings.release,
         resources=settings.resources,
         policy=settings.policy,
@@ -132,6 +133,7 @@ def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
             listeners.append(open_listener(address))
             stack.callback(close_listener, listeners[-1], address.path)
         broker = stack.enter_context(contextlib.closing(open_broker(settings)))
+        stack.enter_context(contextlib.closing(Retention(broker.core)))
         crew = stack.enter_context(contextlib.closing(Crew(settings.limits)))
         served = surfaces(broker, settings, crew)
         main_url, admin_url = (

@@ -32,6 +32,8 @@ from tests.kbs.world import SECRET_TEXT, URI, Clock, Site, Visitor
 class Described:
     """A provider that a test has ready, as settings describe one."""
 
+    unsafe: tuple[str, ...] = ()
+
     def __init__(self, provider: KeyProvider) -> None:
         self.provider = provider
 
