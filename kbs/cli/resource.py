@@ -99,12 +99,15 @@ def resource_list(
     json_output: JsonFlag = False,
 ) -> None:
     """List what is stored, without contents."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     prefix = prefix.removeprefix("kbs:///").strip("/")
     with open_client(admin_url, admin_key) as client:
         found = [item for item in _listed(client, prefix) if deleted or not item["deleted"]]
-    table = Table("resource", "version", "bytes", "lease", "stored", "state")
+    # A name that is broken over lines cannot be copied.
+    longest = max((len(_path(item)) + len("kbs:///") for item in found), default=8)
+    name = Column("resource", min_width=longest, no_wrap=True)
+    table = Table(name, "version", "bytes", "lease", "stored", "state")
     for item in found:
         table.add_row(
             f"kbs:///{_path(item)}", str(item["version"]), str(item["size"]), item["lease"],

@@ -293,7 +293,7 @@ STUB = {
     "sdk/client.py": """
         import os, sys, time
         class Refused(Exception):
-            def __init__(self): self.code, self.data = "Forbidden.ResourceNotFound", {"httpCode": 404}
+            code, data = "Forbidden.ResourceNotFound", {"httpCode": 404}
         class Answer:
             def __init__(self, **kw): self.__dict__.update(kw)
         class Client:

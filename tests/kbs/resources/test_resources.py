@@ -1,4 +1,4 @@
-"""Resources as administrators meet them: set, list, versions, delete, restore, purge, new, lease."""
+"""Resources as administrators meet them, and what an edited table cannot do."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_deleted_resource_is_not_released_and_can_be_restored(
     assert answer.status_code == 200
     assert answer.json()["version"] == 2
     assert allowed.get(cookie).status_code == 404
-    assert [item for item in allowed.admin("GET", "resources").json()] == []
+    assert allowed.admin("GET", "resources").json() == []
     (listed,) = allowed.admin("GET", "resource-info").json()["resources"]
     assert listed["deleted"]
     assert allowed.admin("DELETE", f"resource/{URI}").status_code == 404
