@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from sqlalchemy import Connection, Table, func, insert, select, tuple_
 
@@ -17,6 +18,8 @@ from kbs.audit.leaf import change_of, parse_leaf
 from kbs.audit.log import Change, changes, logged_change, newest_change
 from kbs.database.tables import AUDIT
 from kbs.keys.sealing import RowIdentity, Sealer, row_hash
+
+_AFTER_SLASH: Final = chr(ord("/") + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,9 @@ class VersionedRows:
             Tampered: a row is not the one that the audit log says is newest.
         """
         wanted = list(dict.fromkeys(paths))
-        logged = _newest_changes(connection, [self.object_name(path) for path in wanted])
+        if not wanted:
+            return {}
+        logged = newest_changes(connection, [self.object_name(path) for path in wanted])
         newest = (
             select(self._table.c.path, func.max(self._table.c.version))
             .where(self._table.c.path.in_(wanted))
@@ -159,7 +164,7 @@ class VersionedRows:
         """
         names = [name for name in self._names(connection)
                  if name.startswith(self.object_name(prefix))]  # fmt: skip
-        newest = _newest_changes(connection, names)
+        newest = newest_changes(connection, names)
         skip = len(self.object_name(""))
         return sorted(name[skip:] for name, change in newest.items() if change.row_hash)
 
@@ -184,7 +189,10 @@ class VersionedRows:
         """Every object that ever was; the log is searched once after each change."""
         count, known = changes(connection), self._known
         if known is None or known[0] != count:
-            within = AUDIT.c.object.startswith(self.object_name(""), autoescape=True)
+            # From "table/" up to what follows it, "table0": a range of the index, where LIKE would
+            # read the whole log.
+            first = self.object_name("")
+            within = (AUDIT.c.object >= first) & (AUDIT.c.object < first[:-1] + _AFTER_SLASH)
             found = connection.execute(select(AUDIT.c.object).distinct().where(within)).scalars()
             known = self._known = (count, list(found))
         return known[1]
@@ -207,8 +215,13 @@ class VersionedRows:
         return RowIdentity(self._instance, self._realm, self._table.name, path, version)
 
 
-def _newest_changes(connection: Connection, names: list[str]) -> dict[str, Change]:
-    """What the newest leaf about each of these objects says it is now."""
+def newest_changes(connection: Connection, names: list[str]) -> dict[str, Change]:
+    """What the newest leaf about each of these objects says it is now, in one query.
+
+    Raises:
+        FormatError: a leaf is not canonical JSON; the log was edited.
+        Tampered: a leaf is about something else.
+    """
     newest = select(func.max(AUDIT.c.seq)).where(AUDIT.c.object.in_(names)).group_by(AUDIT.c.object)
     leaves = connection.execute(
         select(AUDIT.c.object, AUDIT.c.leaf).where(AUDIT.c.seq.in_(newest))

@@ -169,8 +169,11 @@ class RegoPool:
         with self._lock:
             if self._closed:
                 raise CaiError("the policy processes are closed")
-            if self._idle:
-                return self._idle.pop()
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.lives():
+                    return worker
+                worker.kill()
         return _Worker(self._settings)
 
     def _put_back(self, worker: _Worker) -> None:
@@ -227,6 +230,10 @@ class _Worker:
         if not isinstance(value, dict):
             raise _WorkerFailed("the answer is not JSON")
         return value
+
+    def lives(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """End the process."""
