@@ -20,7 +20,7 @@ from cai.attest.checkpoint import (
     verify_consistency,
 )
 from cai.attest.verdict import Verdict
-from cai.errors import CaiError, FormatError
+from cai.errors import CaiError, FormatError, LimitExceeded
 from kbs.audit import report, tree
 from kbs.audit.replay import Replay, opened
 from kbs.audit.report import Report
@@ -100,6 +100,9 @@ def verify_file(
 
     Returns:
         Every check by name; nothing is raised for what the file holds.
+
+    Raises:
+        InputMissing, StorageError: ``lines`` could not be read.
     """
     found = Report()
     rest = iter(lines)
@@ -117,7 +120,7 @@ def verify_file(
             subject = "audit consistency"
             _verify_consistency(first, keys, held, found)
             _require_end(rest)
-    except CaiError as error:
+    except (FormatError, LimitExceeded) as error:
         found.fail(report.FILE_FORM, error.message)
     return found.verdict(subject, simulated=simulated)
 
