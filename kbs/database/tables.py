@@ -17,6 +17,9 @@ from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData
 
 METADATA: Final = MetaData()
 
+NAME: Final = Text().with_variant(Text(collation="C"), "postgresql")
+"""Text that is compared by its bytes, as SQLite does, so that an index finds what begins alike."""
+
 SHORT_LIVED: Final = {"short-lived": True}
 """``info`` of a table that no backup holds."""
 
@@ -159,7 +162,7 @@ AUDIT: Final = Table(
     "audit",
     METADATA,
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("object", Text, nullable=False),
+    Column("object", NAME, nullable=False),
     Column("version", BigInteger, nullable=False, default=0),
     Column("leaf", LargeBinary, nullable=False),
     # The newest leaf about an object, or about one of its versions, is found by an index alone.

@@ -27,6 +27,7 @@ from kbs.database.tables import BLOCK
 from kbs.keys.sealing import RowIdentity, Sealer, row_hash
 from kbs.names import ResourceName
 from kbs.release.model import ModelFacts
+from kbs.rows import newest_changes
 
 if TYPE_CHECKING:
     from kbs.core import Core
@@ -199,8 +200,9 @@ class BlockStore:
             row.id: row
             for row in connection.execute(select(BLOCK).where(BLOCK.c.id.in_(list(wanted))))
         }
+        logged = newest_changes(connection, [target.object for target in wanted.values()])
         found = [
-            self._open(connection, target, rows.get(block_id))
+            self._open(target, rows.get(block_id), logged.get(target.object))
             for block_id, target in wanted.items()
         ]
         return tuple(block for block in found if block is not None)
@@ -236,15 +238,15 @@ class BlockStore:
         for row in connection.execute(select(BLOCK)):
             identity = RowIdentity(self._instance, self._realm, BLOCK.name, row.id, row.version)
             block = _parse(self._sealer.open(identity, row.sealed))
-            opened = self._open(connection, block.target, row)
+            logged = newest_change(connection, block.target.object)
+            opened = self._open(block.target, row, logged)
             if opened is not None:
                 blocks.append(opened)
         return sorted(blocks, key=lambda block: (block.created, block.target))
 
     def _open(
-        self, connection: Connection, target: Target, row: Row[Any] | None
+        self, target: Target, row: Row[Any] | None, logged: Change | None
     ) -> Block | None:
-        logged = newest_change(connection, target.object)
         if row is None:
             if logged is not None and logged.row_hash:
                 raise Tampered(

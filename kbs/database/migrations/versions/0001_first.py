@@ -13,6 +13,8 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+_NAME = Text().with_variant(Text(collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     """Make the tables."""
@@ -114,7 +116,7 @@ def upgrade() -> None:
     op.create_table(
         "audit",
         Column("seq", BigInteger, primary_key=True, autoincrement=False),
-        Column("object", Text, nullable=False),
+        Column("object", _NAME, nullable=False),
         Column("version", BigInteger, nullable=False),
         Column("leaf", LargeBinary, nullable=False),
     )
