@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cai.errors import InputMissing, SettingError, Tampered, Unavailable, WrongKey
 from cai.secret import Secret
 from cai.settings import suggestion
+from kbs.keys.gate import Gate
 from kbs.keys.provider import MAX_WRAPPED, KeyProvider, WrappedKey
 
 
@@ -27,6 +28,7 @@ class Keyring:
                 "two key providers of the configuration are the same one",
                 hint="describe each key once",
             )
+        self._gates = {name: Gate(f"key provider {name}") for name in self._by_id}
         self.default = default
         self.named(default)
 
@@ -74,7 +76,9 @@ class Keyring:
         Raises:
             CaiError: as that provider says.
         """
-        blob = self.provider(provider_id).wrap(key, context)
+        provider = self.provider(provider_id)
+        with self._gates[provider_id].passing():
+            blob = provider.wrap(key, context)
         if not 0 < len(blob) <= MAX_WRAPPED:
             raise WrongKey(f"key provider {provider_id} wraps to {len(blob)} bytes")
         return WrappedKey(provider_id, blob)
@@ -87,7 +91,9 @@ class Keyring:
         """
         if len(wrapped.blob) > MAX_WRAPPED:
             raise Tampered("a wrapped key is too long", hint="the database was edited")
-        return self.provider(wrapped.provider).unwrap(wrapped.blob, context)
+        provider = self.provider(wrapped.provider)
+        with self._gates[wrapped.provider].passing():
+            return provider.unwrap(wrapped.blob, context)
 
     def close(self) -> None:
         """Close every provider."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
 from cai.errors import FormatError, SettingError
 from cai.settings import Section, suggestion
+from kbs.keys.gate import Gate
 from kbs.names import ResourceName
 
 LEASES: Final = ("required", "optional", "by-contents")
@@ -88,12 +89,23 @@ class ExternalPrefix:
         source: where they are read.
         lease: ``required``, ``optional``, or empty: required when the contents are a record.
         unsafe: names of its loosened settings.
+        gate: how many read from it at once.
     """
 
     prefix: str
     source: SecretSource
     lease: str = ""
     unsafe: tuple[str, ...] = ()
+    gate: Gate = field(default_factory=lambda: Gate("the place of a secret"), compare=False)
+
+    def read(self, path: str) -> SourceSecret | None:
+        """The secret of a resource; ``None`` when there is none.
+
+        Raises:
+            CaiError: as the source says.
+        """
+        with self.gate.passing():
+            return self.source.read(ResourceName.parse(path))
 
     def covers(self, path: str) -> bool:
         """Whether a resource comes from here."""

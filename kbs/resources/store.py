@@ -434,7 +434,7 @@ def _as_sealed(stored: StoredVersion) -> SealedResource:
 
 
 def _read_elsewhere(sealed: SealedResource, where: ExternalPrefix, limit: int) -> Resource:
-    secret = where.source.read(ResourceName.parse(sealed.path))
+    secret = where.read(sealed.path)
     if secret is None:
         raise InputMissing(f"{where.source.id} has no secret for {sealed.path}")
     if not secret.contents or len(secret.contents) > limit:

@@ -182,6 +182,47 @@ def test_one_key_described_twice_is_refused(tmp_path: Path) -> None:
         Keyring({"a": one, "b": file_provider(tmp_path / "one")}, "a")
 
 
+def test_a_provider_that_hangs_does_not_hold_every_caller() -> None:
+    import threading
+    import time
+
+    from kbs.keys.gate import Gate
+
+    class Hanging:
+        id = "hanging:1"
+        release = threading.Event()
+        inside = 0
+
+        def wrap(self, key: Secret, context: bytes) -> bytes:
+            type(self).inside += 1
+            self.release.wait(20)
+            return b"wrapped"
+
+        def unwrap(self, wrapped: bytes, context: bytes) -> Secret:
+            return Secret(bytes(KEY_SIZE))
+
+        def close(self) -> None:
+            return
+
+    keyring = Keyring.of(Hanging())
+    keyring._gates["hanging:1"] = Gate("it", calls=2, wait_s=0.05)
+    key = Secret(bytes(KEY_SIZE))
+    waiting = [
+        threading.Thread(target=keyring.wrap, args=("hanging:1", key, CONTEXT)) for _ in range(2)
+    ]
+    for thread in waiting:
+        thread.start()
+    until = time.monotonic() + 10
+    while Hanging.inside < 2 and time.monotonic() < until:
+        time.sleep(0.005)
+    with pytest.raises(Unavailable, match="already has"):
+        keyring.wrap("hanging:1", key, CONTEXT)
+    Hanging.release.set()
+    for thread in waiting:
+        thread.join()
+    assert keyring.wrap("hanging:1", key, CONTEXT).blob == b"wrapped"
+
+
 # Secrets that open providers.
 
 
