@@ -14,12 +14,15 @@ from kbs.cli.admin_call import ADMIN_KEY, ADMIN_URL, AdminKey, AdminUrl, member,
 
 app = typer.Typer(help="Who may administer the broker.", no_args_is_help=True)
 
+ROLES = ("admin", "policy", "reference", "resource", "auditor")
+"""For completion, without loading what knows them."""
+
 Name = Annotated[str, typer.Argument(help="The person.", metavar="NAME")]
 Roles = Annotated[
     list[str],
     typer.Option(
         "--role", help="admin, policy, reference, resource or auditor; may be repeated.",
-        metavar="ROLE",
+        metavar="ROLE", autocompletion=lambda: list(ROLES),
     ),
 ]  # fmt: skip
 

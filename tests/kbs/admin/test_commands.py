@@ -260,3 +260,10 @@ def test_two_persons_from_proposal_to_change(broker: Broker, kbs: Kbs, tmp_path:
         assert leaf["actor"]["approved_by"] == "carol dave"
     finally:
         broker.start()
+
+
+def test_completion_knows_the_roles() -> None:
+    from kbs.admin.changes import Role
+    from kbs.cli.admin import ROLES
+
+    assert set(ROLES) == set(Role)
