@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from cai.attest.facts import Facts
 from cai.attest.verdict import Binding, Check, Verdict, check, not_asked
@@ -20,6 +20,13 @@ from kbs.policy.pool import RegoPool
 from kbs.policy.references import References
 from kbs.policy.rego import CHECK_NAME
 from kbs.policy.store import Policies
+
+_ATTESTED: Final = check(
+    "evidence.verified",
+    passed=True,
+    observed="every hard check passed at attestation, or there were no facts",
+)
+"""Layer 1 of a session: tens of checks for each device, which are logged once."""
 
 
 def judge(
@@ -51,13 +58,14 @@ def judge(
         now: the broker's clock.
         selector: the policy id that the client named; empty when it named none.
         runtime: ``runtime_data_claims``: nonce and public key of the session.
-        hard: checks of layer 1, as the session keeps them.
+        hard: checks of layer 1 where they were made just now; of a session they are in its leaf
+            ``attest``, and one check here says so.
 
     Returns:
         The verdict, and the appraisal behind it; the resource may be given only if it passed.
     """
     # (1) Facts of a simulated platform stay in the simulated realm.
-    checks: list[Check] = [*hard, _realm(facts, realm)]
+    checks: list[Check] = [*(tuple(hard) or (_ATTESTED,)), _realm(facts, realm)]
     # (2) A client may name the policy that it expects, and no other one.
     checks.append(_selector(selector, policies.id))
     # (3) Layer 2: the policies name this guest.
