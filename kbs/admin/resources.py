@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -31,6 +32,7 @@ MAX_NEW_BYTES: Final = 1024
 """Longest generated key, bytes."""
 
 _FORMS: Final = ("raw", "hex")
+_NAMES: Final = re.compile(r"[a-zA-Z0-9_\-./]*", re.ASCII)
 
 
 def _check_path(path: str) -> None:
@@ -273,8 +275,11 @@ def add_routes(app: FastAPI, office: Office) -> None:
 
 def _list(core: Core, admin: Administrator, query: Any) -> list[dict[str, Any]]:
     prefix, after = query.get("prefix", ""), query.get("after", "")
-    if len(prefix) > MAX_ORDER or len(after) > MAX_ORDER:
-        raise LimitExceeded("the query is too long")
+    for name, text in (("prefix", prefix), ("after", after)):
+        if len(text) > MAX_ORDER:
+            raise LimitExceeded(f"{name} is too long")
+        if not _NAMES.fullmatch(text):
+            raise FormatError(f"{name} is not the beginning of a resource's path")
     if admin.tenant and first_segment(prefix) != admin.tenant:
         if prefix:
             admin.require_tenant(first_segment(prefix))

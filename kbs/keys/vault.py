@@ -103,10 +103,12 @@ class VaultClient:
         self._address = address
         session = requests.Session()
         session.trust_env = False
+        # hvac does not pass ``verify`` on to a session that it is given.
+        session.verify = True if address.ca_file is None else str(address.ca_file)
         self._client = hvac.Client(
             url=address.url,
             token="",
-            verify=True if address.ca_file is None else str(address.ca_file),
+            verify=session.verify,
             timeout=TIMEOUT_SECONDS,
             allow_redirects=False,
             session=session,

@@ -250,7 +250,7 @@ def test_a_realm_relabelled_in_the_database_does_not_open(site: Site) -> None:
 def test_simulated_evidence_never_verifies_under_vendor_roots(
     site: Site, visitor: Visitor
 ) -> None:
-    site.broker._anchors = vendor_anchors()
+    site.broker.verifier.anchors = vendor_anchors()
     nonce, cookie = site.auth()
     answer = site.attest(cookie, visitor.body(nonce))
     assert answer.status_code == 403

@@ -10,6 +10,7 @@ import base64
 import hmac
 import json
 import os
+import ssl
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -126,10 +127,10 @@ class InstanceSimulator(Simulator):
     content_type = "application/x-protobuf"
     password = "client-key-password-51c0"
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.keeper = Keeper()
         self._key = rsa.generate_private_key(65537, 2048)
-        super().__init__()
+        super().__init__(tls)
 
     @property
     def client_key(self) -> str:

@@ -24,7 +24,7 @@ from kbs.resources.external import Naming
 from kbs.resources.vault_kv import VaultKv
 from tests.kbs.keys.aliyun_simulator import KEY_ID, InstanceSimulator, OpenApiSimulator
 from tests.kbs.keys.conftest import secret_file, secret_input
-from tests.kbs.keys.http_simulator import Fault
+from tests.kbs.keys.http_simulator import Fault, server_context
 from tests.kbs.keys.test_providers import openapi, transit
 from tests.kbs.keys.vault_simulator import VaultSimulator, errors
 
@@ -155,6 +155,21 @@ def test_addresses_that_would_show_keys_are_refused(url: str) -> None:
                                  "http://localhost:8200", "http://[::1]:8200"])
 def test_private_addresses_are_accepted(url: str) -> None:
     require_private_url(url, where="test")
+
+
+def test_vaults_certificate_is_verified(tmp_path: Path) -> None:
+    tls, authority = server_context(tmp_path)
+    with VaultSimulator(tls=tls) as simulator:
+        url = f"https://{simulator.address}"
+        token = secret_input(tmp_path, "token", simulator.token)
+        known = VaultTransitProvider(
+            VaultAddress(url, token, ca_file=authority), mount="transit", key="kek"
+        )
+        assert known.unwrap(known.wrap(KEY, b"c"), b"c") == KEY
+        stranger = VaultTransitProvider(VaultAddress(url, token), mount="transit", key="kek")
+        unavailable(lambda: stranger.wrap(KEY, b"c"), "SSLError")
+        known.close()
+        stranger.close()
 
 
 # Vault KV.
@@ -432,3 +447,26 @@ def test_the_official_sdk_against_the_simulated_instance(tmp_path: Path) -> None
         simulator.keeper.keys.clear()
         unavailable(lambda: provider.wrap(KEY, b"c"), "KeyNotFound")
         kms.close()
+
+
+@pytest.mark.skipif(not DKMS_PYTHON, reason="CAI_DKMS_PYTHON names no interpreter with the SDK")
+def test_the_official_sdk_verifies_the_instance(tmp_path: Path) -> None:
+    tls, authority = server_context(tmp_path)
+    (tmp_path / "other").mkdir()
+    _, other = server_context(tmp_path / "other")
+    with InstanceSimulator(tls) as simulator:
+        simulator.keeper.secrets["key"] = ("from the instance", "text", "v3")
+        for trusted, ca_file in ((True, authority), (False, other)):
+            name = "trusted" if trusted else "stranger"
+            kms = InstanceKms(
+                InstanceSettings(
+                    simulator.address, secret_input(tmp_path, f"ck-{name}", simulator.client_key),
+                    secret_input(tmp_path, f"pw-{name}", simulator.password), ca_file,
+                    Path(DKMS_PYTHON),
+                )
+            )  # fmt: skip
+            if trusted:
+                assert kms.secret("key").contents == b"from the instance"
+            else:
+                unavailable(lambda kms=kms: kms.secret("key"), "not available")
+            kms.close()

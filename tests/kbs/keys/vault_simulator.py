@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import ssl
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -21,7 +22,7 @@ def errors(status: int, *texts: str) -> Fault:
 class VaultSimulator(Simulator):
     """Transit at ``transit``, KV 1 at ``kv1``, KV 2 at ``secret``."""
 
-    def __init__(self, token: str = "s.token") -> None:
+    def __init__(self, token: str = "s.token", tls: ssl.SSLContext | None = None) -> None:
         self.token = token
         self.keys: dict[str, list[bytes]] = {"kek": [os.urandom(32)]}
         self.least: dict[str, int] = {}
@@ -29,7 +30,7 @@ class VaultSimulator(Simulator):
         self.kv2: dict[str, list[dict[str, Any] | None]] = {}
         self.namespaces: set[str] = set()
         self.lies = False
-        super().__init__()
+        super().__init__(tls)
 
     @property
     def url(self) -> str:

@@ -118,6 +118,15 @@ def test_what_is_not_there_is_404(site: Site) -> None:
     assert site.admin("POST", "resource-lease/a/b/c", b"required").status_code == 404
 
 
+@pytest.mark.parametrize(
+    "query", ["prefix=%00", "after=a%00b", "prefix=a%20b", "prefix=%ff", "after=" + "a" * 5000,
+              "prefix=a'--", "prefix=%25"],
+)  # fmt: skip
+def test_listing_takes_names_only(site: Site, query: str) -> None:
+    for route in ("resources", "resource-info"):
+        assert site.admin("GET", f"{route}?{query}").status_code in (400, 413)
+
+
 # Limits.
 
 
