@@ -13,9 +13,10 @@ from starlette.concurrency import run_in_threadpool
 
 from cai import jcs
 from cai.errors import FormatError
-from kbs.admin.changes import Applied, ChangeKind, Role
+from kbs.admin.changes import Applied, ChangeKind, Role, first_segment
 from kbs.admin.office import Office
 from kbs.core import Core
+from kbs.keys.signing import KeyName
 from kbs.release.lease import LeaseStore
 from kbs.release.revocation import Block, BlockStore, Target, new_block
 from kbs.server.answers import json_answer, read_body, request_id
@@ -99,12 +100,19 @@ def add_routes(app: FastAPI, office: Office) -> None:
 
     @app.get("/kbs/v0/lease")
     async def list_leases(request: Request) -> Response:
-        await office.identify(request, Role.RESOURCE, Role.AUDITOR)
-        return json_answer(await run_in_threadpool(_leases, office.core))
+        admin = await office.identify(request, Role.RESOURCE, Role.AUDITOR)
+        return json_answer(await run_in_threadpool(_leases, office.core, admin.tenant))
+
+    @app.get("/kbs/v0/ticket-key")
+    async def ticket_keys(request: Request) -> Response:
+        await office.identify(request, *Role)
+        return json_answer({"keys": await run_in_threadpool(_ticket_keys, office.core)})
 
     @app.get("/kbs/v0/block")
     async def list_blocks(request: Request) -> Response:
-        await office.identify(request, Role.RESOURCE, Role.AUDITOR)
+        admin = await office.identify(request, Role.RESOURCE, Role.AUDITOR)
+        # Blocks name every tenant's models and guests.
+        admin.require_tenant("")
         blocks = await run_in_threadpool(_blocks, office.core)
         return json_answer({"blocks": [block.to_json() for block in blocks]})
 
@@ -126,7 +134,7 @@ async def _submit(request: Request, kind: ChangeKind, object_id: str, office: Of
     return json_answer(answer)
 
 
-def _leases(core: Core) -> dict[str, Any]:
+def _leases(core: Core, tenant: str) -> dict[str, Any]:
     now = core.clock()
     with core.database.read() as connection:
         leases = LeaseStore.of(core).listed(connection)
@@ -134,6 +142,8 @@ def _leases(core: Core) -> dict[str, Any]:
     blocked = {block.target: block for block in blocks}
     rows = []
     for lease in leases:
+        if tenant not in ("", first_segment(lease.resource)):
+            continue
         ended = [str(target) for target in lease.targets if target in blocked]
         state = "ended" if lease.ends <= now.timestamp() else "draining"
         if lease.expires > now.timestamp():
@@ -143,6 +153,20 @@ def _leases(core: Core) -> dict[str, Any]:
             | {"expires": lease.expires, "ends": lease.ends, "state": state, "revoked_by": ended}
         )
     return {"now": int(now.timestamp()), "leases": rows}
+
+
+def _ticket_keys(core: Core) -> list[dict[str, Any]]:
+    with core.database.read() as connection:
+        keys = core.signing.living(connection, KeyName.TICKET, core.clock())
+    return [
+        {
+            "id": key.id,
+            "key": key.ed25519.public_key().public_bytes_raw().hex(),
+            "created": int(key.created.timestamp()),
+            "retired": key.retired is not None,
+        }
+        for key in keys
+    ]
 
 
 def _blocks(core: Core) -> list[Block]:
