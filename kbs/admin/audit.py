@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from cai import jcs
 from cai.attest.checkpoint import MAX_NOTE
-from cai.errors import FormatError, InputMissing, Unavailable
+from cai.errors import CaiError, FormatError, InputMissing, Unavailable
 from kbs.admin.changes import Role
 from kbs.admin.office import Office
 from kbs.audit import tree
@@ -19,18 +19,85 @@ from kbs.audit.leaf import parse_leaf
 from kbs.audit.log import MAX_ROWS, node_hashes, read_head, read_leaves
 from kbs.core import Core
 from kbs.database.tables import AUDIT_CHECKPOINT
-from kbs.server.answers import json_answer, read_body, request_id
+from kbs.server.answers import json_answer, read_body
 
 MAX_CHECKPOINTS = 1000
 """Most checkpoints in one answer."""
 
-_WALKING = threading.Lock()
-"""One walk at a time; each reads the whole database."""
+WALK_SECONDS = 20
+"""How long one call waits for a walk over the log; it goes on, and later calls ask for it."""
+
+
+class Walks:
+    """Walks over the log: one at a time, because each reads the whole database.
+
+    A long log takes longer than a call should, so a call begins or joins the walk and waits a
+    while; a caller who is told ``running`` asks again.
+
+    Args:
+        core: the broker's state.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._lock = threading.Lock()
+        self._asked: tuple[bytes, bool] | None = None
+        self._thread: threading.Thread | None = None
+        self._answer: dict[str, Any] | CaiError | None = None
+
+    def begin(self, held: bytes, *, opening: bool) -> dict[str, Any]:
+        """Begin a walk; one that asks the same and still runs is joined.
+
+        Raises:
+            Unavailable: another walk is running.
+        """
+        asked = (held, opening)
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._asked, self._answer = asked, None
+                self._thread = threading.Thread(target=self._walk, args=asked, daemon=True)
+                self._thread.start()
+            elif self._asked != asked:
+                raise Unavailable(
+                    "the audit log is being verified already", hint="try again in a while"
+                )
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        """What the newest walk found, or ``{"running": true}``.
+
+        Raises:
+            InputMissing: none was begun here.
+            CaiError: it could not be done.
+        """
+        with self._lock:
+            thread = self._thread
+        if thread is None:
+            raise InputMissing("no verification of the audit log was begun here")
+        thread.join(WALK_SECONDS)
+        with self._lock:
+            answer = self._answer
+        if isinstance(answer, CaiError):
+            raise answer
+        return {"running": True} if answer is None else answer
+
+    def _walk(self, held: bytes, opening: bool) -> None:  # noqa: FBT001 - a thread's argument
+        from kbs.logged import verify_log
+
+        answer: dict[str, Any] | CaiError
+        try:
+            answer = verify_log(self._core, held=held or None, opening=opening).to_json()
+        except CaiError as error:
+            answer = error
+        except Exception as error:  # a thread has nobody who would catch it
+            answer = CaiError(f"the walk over the log ended: {type(error).__name__}")
+        with self._lock:
+            self._answer = answer
 
 
 def add_routes(app: FastAPI, office: Office) -> None:
     """Add the routes of this module to the admin listener."""
-    core = office.core
+    core, walks = office.core, Walks(office.core)
 
     async def identify(request: Request) -> None:
         admin = await office.identify(request, Role.AUDITOR)
@@ -86,9 +153,12 @@ def add_routes(app: FastAPI, office: Office) -> None:
         await identify(request)
         held = await read_body(request, limit=MAX_NOTE)
         opening = request.query_params.get("open", "true") != "false"
-        return json_answer(
-            await run_in_threadpool(_verify, core, held, opening, request_id(request))
-        )
+        return json_answer(await run_in_threadpool(walks.begin, held, opening=opening))
+
+    @app.get("/kbs/v0/audit/verify")
+    async def verified(request: Request) -> Response:
+        await identify(request)
+        return json_answer(await run_in_threadpool(walks.result))
 
 
 def _checkpoint(core: Core) -> dict[str, Any]:
@@ -137,18 +207,6 @@ def _frontier(core: Core, size: int) -> dict[str, Any]:
             "frontier": [hashes[node].hex() for node in nodes],
             "origin": origin or core.checkpoints.origin(head),
         }
-
-
-def _verify(core: Core, held: bytes, opening: bool, request: str) -> dict[str, Any]:  # noqa: FBT001
-    from kbs.logged import verify_log
-
-    if not _WALKING.acquire(blocking=False):
-        raise Unavailable("the audit log is being verified already", hint="try again in a while")
-    try:
-        verdict = verify_log(core, held=held or None, opening=opening)
-    finally:
-        _WALKING.release()
-    return {**verdict.to_json(), "request": request}
 
 
 def _number(request: Request, name: str, default: int, *, most: int) -> int:

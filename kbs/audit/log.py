@@ -39,6 +39,14 @@ __all__ = [
 ]  # fmt: skip
 
 
+# Made once: every decision waits while these run.
+_HEAD: Final = select(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)
+_LOCKED_HEAD: Final = _HEAD.with_for_update()
+_ADVANCE: Final = update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)
+_INSERT_LEAF: Final = insert(AUDIT)
+_INSERT_NODES: Final = insert(AUDIT_NODE)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The head row.
@@ -98,26 +106,24 @@ class AuditLog:
         if entry.action == ORIGIN_ACTION:
             origin, checkpoint = str(entry.details["origin"]), 0
         connection.execute(
-            update(AUDIT_HEAD)
-            .where(AUDIT_HEAD.c.id == 1)
-            .values(
-                size=seq + 1,
-                changes=changes,
-                frontier=b"".join(frontier),
-                origin=origin,
-                checkpoint=checkpoint,
-                failures=seq if entry.action == FAILURE_ACTION else head.failures,
-            )
+            _ADVANCE,
+            {
+                "size": seq + 1,
+                "changes": changes,
+                "frontier": b"".join(frontier),
+                "origin": origin,
+                "checkpoint": checkpoint,
+                "failures": seq if entry.action == FAILURE_ACTION else head.failures,
+            },
         )
         changed = entry.change or Change("", 0, "")
         connection.execute(
-            insert(AUDIT).values(
-                seq=seq, object=changed.object, version=changed.version, leaf=leaf
-            )
+            _INSERT_LEAF,
+            {"seq": seq, "object": changed.object, "version": changed.version, "leaf": leaf},
         )
         if completed:
             connection.execute(
-                insert(AUDIT_NODE),
+                _INSERT_NODES,
                 [{"level": level, "position": at, "hash": value}
                  for (level, at), value in completed],
             )  # fmt: skip
@@ -136,8 +142,7 @@ def read_head(connection: Connection, *, lock: bool = False) -> Head:
         StorageError: there is none.
         Tampered: size and frontier do not fit.
     """
-    query = select(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    row = connection.execute(_LOCKED_HEAD if lock else _HEAD).one_or_none()
     if row is None:
         raise StorageError("the audit log has no head; nothing can be decided")
     frontier = tree.split_frontier(row.frontier, row.size)

@@ -94,6 +94,8 @@ def verify_broker(
 ) -> Verdict:
     """Let the broker walk its log and rows; with ``keys``, also hold it to what was kept."""
     answer = client.post(f"audit/verify?open={'true' if opening else 'false'}", held or b"")
+    while answer.get("running") is True:
+        answer = client.get("audit/verify")
     verdict = _verdict(answer)
     if not keys:
         return verdict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cai import jcs
 from cai.errors import InputMissing
 from cai.terminal import run_app
+from kbs.admin import audit as routes
 from kbs.admin.changes import Role
 from kbs.admin.people import AdminRecord
 from kbs.admin.tokens import make_admin_token
@@ -229,3 +231,45 @@ def test_a_kept_checkpoint_that_is_none(full: Site) -> None:
     assert answer.status_code == 200
     assert failed(answer.json()) == {"checkpoint.form"}
     assert full.admin("POST", "audit/verify", b"x" * 20_000).status_code == 413
+
+
+def test_a_long_walk_is_asked_for_again(
+    run: Run, client: SiteClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call waits a while only; the walk goes on, and another one does not begin beside it."""
+    from kbs import logged
+
+    proceed, real, asked = threading.Event(), logged.verify_log, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        assert proceed.wait(30)
+        return real(*arguments, **options)
+
+    def watch(route: str, answer: Any) -> Any:
+        asked.append((route.partition("?")[0], answer.get("running", False)))
+        if len(asked) == 3:
+            other = client.site.admin("POST", "audit/verify?open=false", b"")
+            assert other.status_code == 503
+            proceed.set()
+        return answer
+
+    monkeypatch.setattr(logged, "verify_log", slow)
+    monkeypatch.setattr(routes, "WALK_SECONDS", 0.05)
+    client.bend = watch
+    status, value = run("verify")
+    assert (status, value["verdict"]) == (0, "pass")
+    assert len(asked) >= 4
+    assert {route for route, running in asked if running} == {"audit/verify"}
+
+
+def test_a_walk_that_cannot_be_done_says_so(full: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kbs import logged
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a secret text")
+
+    monkeypatch.setattr(logged, "verify_log", fail)
+    answer = full.admin("POST", "audit/verify", b"")
+    assert answer.status_code == 500
+    assert "ZeroDivisionError" in answer.text
+    assert "secret text" not in answer.text
