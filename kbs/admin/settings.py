@@ -192,6 +192,9 @@ def _provider(section: Section) -> IdentityProvider:
         table = section.raw("roles")
         for value in table:
             roles[value] = parse_roles(mapped.texts(value), where=f"{mapped.where}.{value}")
+        if not roles:
+            # Nothing would be mapped, and the claim would name our roles itself.
+            raise SettingError(f"{mapped.where} is empty", hint="leave it out, or map a group")
     provider = IdentityProvider(
         name=_name(section),
         issuer=_filled(section, "issuer"),
