@@ -11,12 +11,7 @@ from cai.errors import FormatError
 from cai.terminal import JsonFlag
 from kbs.cli.admin_call import ADMIN_KEY, ADMIN_URL, AdminKey, AdminUrl, member, open_client
 
-app = typer.Typer(help="Who holds what until when.", no_args_is_help=True)
-
-
-@app.callback()
-def lease() -> None:
-    """Keep ``list`` a verb of its own."""
+app = typer.Typer(help="Who holds what until when, by which key.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -33,13 +28,27 @@ def lease_list(
     terminal.current().result({"now": now, "leases": rows}, _table(rows, now))
 
 
+@app.command("key")
+def lease_key(
+    *,
+    admin_url: AdminUrl = ADMIN_URL,
+    admin_key: AdminKey = ADMIN_KEY,
+    json_output: JsonFlag = False,
+) -> None:
+    """Print the key that signs admission tickets, for `kbs_key` of guests and clients."""
+    with open_client(admin_url, admin_key) as client:
+        keys = member(client.get("ticket-key"), "keys", list)
+    lines = [member(key, "key", str) + (" (retired)" if key.get("retired") else "") for key in keys]
+    terminal.current().result({"keys": keys}, "\n".join(lines))
+
+
 def _table(rows: list[Any], now: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1))
     for heading in ("lease", "resource", "platform", "renewals", "state", "new until", "ends"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("lease", "platform"))
     for row in rows:
         if not isinstance(row, dict):
             raise FormatError("lease answer: a row is not an object")
