@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection
 
 from kbs.audit.checkpoint import Checkpoints
+from kbs.audit.failures import Failures
 from kbs.audit.leaf import Entry
-from kbs.audit.log import FAILURE_SECONDS, AuditLog, FailureCount, seconds_since_failures
+from kbs.audit.log import AuditLog
 from kbs.database.tables import POLICY, REFERENCE
 from kbs.instance import Instance
 from kbs.keys.signing import KeyName
@@ -70,32 +70,17 @@ class Core:
         self.checkpoints = Checkpoints(
             self.database, instance=instance.id, signers=self._checkpoint_keys
         )
-        self._failures = FailureCount()
+        self._failures = Failures(self.database, self.audit, clock)
+        self.count_failure = self._failures.count
 
     def record(self, entry: Entry) -> None:
         """Write one audit row in a transaction of its own."""
         with self.database.decide() as connection:
             self.audit.append(connection, entry, self.clock())
 
-    def count_failure(self, kind: str) -> None:
-        """Count a failure that anybody could cause; at most one audit row a minute."""
-        now = self.clock()
-        counts = self._failures.note(kind, now)
-        if not counts:
-            return
-        with self.database.decide() as connection:
-            # One leaf a minute for all replicas together.
-            age = seconds_since_failures(connection, now)
-            if age is not None and abs(age) < FAILURE_SECONDS:
-                self._failures.put_back(counts, now - timedelta(seconds=age))
-            else:
-                self.audit.append(connection, _counted(counts), now)
-
     def close(self) -> None:
         """Write what is not written yet and close the database."""
-        rest = self._failures.rest()
-        if rest:
-            self.record(_counted(rest))
+        self._failures.close()
         self.rego.close()
         self.resources.close()
         self.instance.keyring.close()
@@ -104,10 +89,3 @@ class Core:
     def _checkpoint_keys(self, connection: Connection) -> list[Ed25519PrivateKey]:
         living = self.signing.living(connection, KeyName.CHECKPOINT, self.clock())
         return [key.ed25519 for key in living]
-
-
-def _counted(counts: dict[str, int]) -> Entry:
-    return Entry(
-        "unauthenticated", {"kind": "unknown"}, uuid.uuid4().hex, allowed=False,
-        reason="no session, token or signature that this broker knows", details=counts,
-    )  # fmt: skip

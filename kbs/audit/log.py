@@ -7,8 +7,6 @@ refused: the caller answers only after its transaction has committed.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,23 +17,19 @@ from sqlalchemy import Connection, Select, insert, or_, select, update
 from cai.errors import StorageError, Tampered
 from cai.merkle import leaf_hash
 from kbs.audit import tree
-from kbs.audit.leaf import ORIGIN_ACTION, Change, Entry, change_of, parse_leaf, time_of
+from kbs.audit.leaf import ORIGIN_ACTION, Change, Entry, change_of, parse_leaf
 from kbs.database.engine import Database
 from kbs.database.tables import AUDIT, AUDIT_HEAD, AUDIT_NODE
 
 MAX_ROWS = 1000
 """Most leaves in one answer of the admin listener."""
 
-FAILURE_SECONDS = 60
-"""Unauthenticated failures become at most one leaf in this time, seconds (decisions §6)."""
-
 FAILURE_ACTION: Final = "unauthenticated"
 """Action of the leaf that counts failures which anybody can cause."""
 
 __all__ = [
-    "FAILURE_ACTION", "FAILURE_SECONDS", "MAX_ROWS", "AuditLog", "Change", "Entry", "FailureCount",
-    "Head", "changes", "logged_change", "newest_change", "node_hashes", "read_head", "read_leaves",
-    "seconds_since_failures",
+    "FAILURE_ACTION", "MAX_ROWS", "AuditLog", "Change", "Entry", "Head", "changes",
+    "logged_change", "newest_change", "node_hashes", "read_head", "read_leaves",
 ]  # fmt: skip
 
 
@@ -233,50 +227,6 @@ def node_hashes(connection: Connection, nodes: Iterable[tree.Node]) -> dict[tree
             hint="the database was edited; restore it from a backup",
         )
     return found
-
-
-class FailureCount:
-    """Unauthenticated failures: anybody can cause them, so they are counted, not listed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._last: datetime | None = None
-
-    def note(self, kind: str, at: datetime) -> dict[str, int]:
-        """Count one failure.
-
-        Returns:
-            The counts to write as one leaf now; empty while the last leaf is too young.
-        """
-        with self._lock:
-            self._counts[kind] += 1
-            if self._last is not None and (at - self._last).total_seconds() < FAILURE_SECONDS:
-                return {}
-            self._last = at
-            return self._take()
-
-    def rest(self) -> dict[str, int]:
-        """The counts not yet written, at the end of the program."""
-        with self._lock:
-            return self._take()
-
-    def put_back(self, counts: dict[str, int], last: datetime) -> None:
-        """Keep counts that were not written, because another replica wrote a leaf at ``last``."""
-        with self._lock:
-            self._counts.update(counts)
-            self._last = last
-
-    def _take(self) -> dict[str, int]:
-        counts, self._counts = dict(self._counts), Counter()
-        return counts
-
-
-def seconds_since_failures(connection: Connection, now: datetime) -> float | None:
-    """Age of the newest leaf that counts failures, by any replica; ``None`` without one."""
-    seq = read_head(connection).failures
-    leaf = connection.execute(select(AUDIT.c.leaf).where(AUDIT.c.seq == seq)).scalar()
-    return None if leaf is None else (now - time_of(parse_leaf(leaf))).total_seconds()
 
 
 def _change(connection: Connection, name: str, query: Select[Any]) -> Change | None:

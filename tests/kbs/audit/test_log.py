@@ -15,9 +15,11 @@ from sqlalchemy import func, insert, select
 from cai import merkle
 from cai.attest.checkpoint import open_checkpoint, read_checkpoint
 from cai.errors import CaiError, InputMissing, StorageError, Tampered
+from kbs.audit import failures
 from kbs.audit.checkpoint import Checkpoints
-from kbs.audit.leaf import ORIGIN_ACTION
+from kbs.audit.leaf import ORIGIN_ACTION, parse_leaf
 from kbs.audit.log import (
+    FAILURE_ACTION,
     AuditLog,
     Change,
     Entry,
@@ -348,3 +350,55 @@ def test_failures_of_all_replicas_make_one_leaf_a_minute(site: Site) -> None:
     rows = [row for row in site.audit() if row["action"] == "unauthenticated"]
     assert [row["details"] for row in rows] == [{"session": 1}, {"session": 2, "token": 1}]
     second.rego.close()
+
+
+def counted(replica: Replica) -> list[dict[str, int]]:
+    _, leaves = read_leaves(replica.database, start=0, limit=100)
+    found = [parse_leaf(leaf) for leaf in leaves]
+    return [leaf["details"] for leaf in found if leaf["action"] == FAILURE_ACTION]
+
+
+def test_what_was_counted_is_written_when_the_minute_is_over(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else has to fail for it."""
+    monkeypatch.setattr(failures, "FAILURE_SECONDS", 0.3)
+    counting = failures.Failures(replica.database, LOG, lambda: datetime.now(UTC))
+    for kind in ("session", "session", "token"):
+        counting.count(kind)
+    assert counted(replica) == [{"session": 1}]
+    until = time.monotonic() + 10
+    while len(counted(replica)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert counted(replica) == [{"session": 1}, {"session": 1, "token": 1}]
+    counting.count("token")
+    counting.close()
+    assert counted(replica)[2:] == [{"token": 1}]
+    counting.close()
+    assert len(counted(replica)) == 3
+
+
+def test_strangers_in_a_hurry_make_one_leaf(replica: Replica) -> None:
+    counting = failures.Failures(replica.database, LOG, lambda: NOW)
+    threads = [threading.Thread(target=counting.count, args=("session",)) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(counted(replica)) == 1
+    counting.close()
+    assert sum(leaf["session"] for leaf in counted(replica)) == 40
+
+
+def test_a_count_that_cannot_be_written_is_kept(replica: Replica) -> None:
+    counting = failures.Failures(replica.database, LOG, lambda: NOW)
+    with replica.database.write() as connection:
+        head = connection.execute(select(AUDIT_HEAD)).one()
+        connection.execute(AUDIT_HEAD.delete())
+    with pytest.raises(StorageError):
+        counting.count("session")
+    with replica.database.write() as connection:
+        connection.execute(insert(AUDIT_HEAD).values(**head._mapping))
+    counting.count("session")
+    assert counted(replica) == [{"session": 2}]
+    counting.close()
