@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from cai.attest.rcar import ERROR_PAGES, MAX_MESSAGE
@@ -55,10 +56,19 @@ def error_handlers(*, admin: bool) -> dict[Any, Handler]:
         status = error.status_code if isinstance(error, HTTPException) else 400
         return error_answer(request, _routing_error(request, status), admin=False)
 
+    async def invalid(request: Request, error: Exception) -> Response:
+        # What was given stays out of the answer: it may be a secret in the wrong place.
+        found = error.errors() if isinstance(error, RequestValidationError) else []
+        names = ", ".join(str(item["loc"][-1])[:32] for item in found[:8])
+        return error_answer(request, FormatError(f"parameters: {names} are not sound"), admin=False)
+
     async def unknown(request: Request, error: Exception) -> Response:
         return internal_error(request, error)
 
-    return {CaiError: known, HTTPException: routing, Exception: unknown}
+    return {
+        CaiError: known, HTTPException: routing, RequestValidationError: invalid,
+        Exception: unknown,
+    }  # fmt: skip
 
 
 def new_app(broker: KeyBroker, *, unauthenticated: str = "") -> FastAPI:
