@@ -12,6 +12,7 @@ import resource
 import selectors
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ class RegoPool:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._closed = False
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def evaluate(
         self,
@@ -141,8 +143,11 @@ class RegoPool:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            scratch, self._scratch = self._scratch, None
         for worker in idle:
             worker.kill()
+        if scratch is not None:
+            scratch.cleanup()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(request).encode("ascii")
@@ -174,7 +179,11 @@ class RegoPool:
                 if worker.lives():
                     return worker
                 worker.kill()
-        return _Worker(self._settings)
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(
+                    prefix="kbs-policy-", ignore_cleanup_errors=True
+                )
+            return _Worker(self._settings, self._scratch.name)
 
     def _put_back(self, worker: _Worker) -> None:
         with self._lock:
@@ -191,12 +200,12 @@ class _WorkerFailed(Exception):
 class _Worker:
     """One process."""
 
-    def __init__(self, settings: PolicySettings) -> None:
+    def __init__(self, settings: PolicySettings, scratch: str) -> None:
         self.uses = 0
         self._process = subprocess.Popen(
             [
                 sys.executable, "-I", "-m", "kbs.policy.worker",
-                str(settings.time_limit_s), str(settings.memory_limit_mib),
+                str(settings.time_limit_s), str(settings.memory_limit_mib), scratch,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={}, cwd="/", close_fds=True, start_new_session=True, bufsize=0,

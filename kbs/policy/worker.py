@@ -2,9 +2,10 @@
 
 A policy can loop, eat memory or make the engine's C++ library call ``terminate``; all of that ends
 this process and nothing else. It starts with an empty environment, so ``opa.runtime`` would have
-nothing to show, and with limits on memory, processor time, files and open descriptors. It reads a
-request and writes an answer, each as a frame: four bytes of length, big-endian, and that much JSON.
-It can be asked two things, ``evaluate`` and ``inspect``; ``kbs.policy.pool`` is the other end.
+nothing to show, with limits on memory, time, files and open descriptors, and without a way to
+other files, the network or other processes (``kbs.policy.confinement``). It reads a request and
+writes an answer, each as a frame: four bytes of length, big-endian, and that much JSON. It can be
+asked two things, ``evaluate`` and ``inspect``; ``kbs.policy.pool`` is the other end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kbs.policy.confinement import confine
 from kbs.policy.rego_library import load_rego
 
 PRELUDE = "prelude.rego"
@@ -41,8 +43,12 @@ _LENGTH = 4
 
 
 def main() -> None:
-    """Serve requests until the pipe closes. Arguments: time limit in seconds, memory in MiB."""
-    seconds, mebibytes = int(sys.argv[1]), int(sys.argv[2])
+    """Serve requests until the pipe closes.
+
+    Arguments: time limit in seconds, memory in MiB, an empty directory.
+    """
+    seconds, mebibytes, scratch = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    tempfile.tempdir = str(scratch)
     # Whatever the engine prints must not become part of an answer.
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
@@ -51,6 +57,7 @@ def main() -> None:
         os.dup2(null, descriptor)
     regopy = load_rego()
     limit(mebibytes)
+    confine([*map(Path, _libraries(regopy)), Path(__file__).parent], scratch)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while (request := _read(requests)) is not None:
         # The kernel ends the process, even while it is in the engine's code.
@@ -62,6 +69,11 @@ def main() -> None:
             data = json.dumps({"problem": "the answer is too long"}).encode("ascii")
         answers.write(len(data).to_bytes(_LENGTH, "big") + data)
         answers.flush()
+
+
+def _libraries(regopy: Any) -> list[str]:
+    """Directories that modules may still be loaded from."""
+    return [os.path.dirname(os.__file__), os.path.dirname(regopy.__file__)]  # noqa: PTH120
 
 
 def limit(mebibytes: int) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,9 +298,9 @@ def test_a_busy_pool_denies_after_its_wait(monkeypatch: pytest.MonkeyPatch) -> N
         pool.close()
 
 
-def test_a_worker_ends_with_its_pipe() -> None:
+def test_a_worker_ends_with_its_pipe(tmp_path: Path) -> None:
     worker = subprocess.Popen(
-        [sys.executable, "-I", "-m", "kbs.policy.worker", "1", "512"],
+        [sys.executable, "-I", "-m", "kbs.policy.worker", "1", "512", str(tmp_path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
     )  # fmt: skip
     assert worker.stdin is not None
