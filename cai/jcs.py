@@ -19,8 +19,11 @@ MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 64
 """Deepest nesting that is parsed."""
 
-# Made once: json.dumps would make an encoder for every string.
+# Made once: json.dumps would make an encoder for every call.
 _text = json.JSONEncoder(ensure_ascii=False).encode
+_tree = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True, separators=(",", ":"), check_circular=False
+).encode
 
 
 def canonical(value: object) -> bytes:
@@ -30,10 +33,14 @@ def canonical(value: object) -> bytes:
         FormatError: a value has no canonical form here (float, big integer, lone surrogate,
             non-string member name, unknown type).
     """
-    out: list[str] = []
-    _write(value, out, 0)
+    if _is_ordinary(value):
+        text = _tree(value)
+    else:
+        out: list[str] = []
+        _write(value, out, 0)
+        text = "".join(out)
     try:
-        return "".join(out).encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise FormatError("JSON string holds a lone surrogate") from error
 
@@ -82,6 +89,35 @@ def parse_canonical(data: bytes, *, what: str, limit: int) -> Any:
     if canonical(value) != data:
         raise FormatError(f"{what}: not in canonical form (RFC 8785)")
     return value
+
+
+def _is_ordinary(value: object) -> bool:
+    """Whether the library's own encoder writes the canonical form; nearly always.
+
+    It does for exact types, small integers and ASCII names, whose order is the same in code points
+    and in UTF-16. For everything else ``_write`` knows the form, or the error.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is dict:
+                for name in item:
+                    if type(name) is not str or not name.isascii():
+                        return False
+                inner += item.values()
+            elif kind is list or kind is tuple:
+                inner += item
+            elif kind is int:
+                if not -MAX_INTEGER <= item <= MAX_INTEGER:
+                    return False
+            elif kind is not str and kind is not bool and item is not None:
+                return False
+        if not inner:
+            return True
+        level = inner
+    return False
 
 
 def _write(value: object, out: list[str], depth: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import suppress
+from enum import IntEnum, StrEnum
 from hashlib import sha384
 
 import pytest
@@ -45,6 +47,40 @@ def test_string_escapes() -> None:
 def test_round_trip(value: object) -> None:
     data = jcs.canonical(value)
     assert jcs.parse_canonical(data, what="value", limit=len(data)) == value
+
+
+@given(VALUES)
+def test_both_writers_agree(value: object) -> None:
+    out: list[str] = []
+    jcs._write(value, out, 0)
+    assert jcs.canonical(value) == "".join(out).encode()
+
+
+class Odd(StrEnum):
+    MEMBER = "text"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Odd.MEMBER, b'"text"'),
+        ({Odd.MEMBER: Odd.MEMBER}, b'{"text":"text"}'),
+        (OrderedDict(b=1, a=2), b'{"a":2,"b":1}'),
+        ((1, [True, None]), b"[1,[true,null]]"),
+        (IntEnum("Few", "ONE").ONE, b"1"),  # type: ignore[attr-defined]
+    ],
+)
+def test_kinds_that_are_not_quite_json(value: object, expected: bytes) -> None:
+    assert jcs.canonical(value) == expected
+
+
+def test_the_deepest_value_is_written_and_one_more_is_not() -> None:
+    value: object = 1
+    for _ in range(jcs.MAX_DEPTH):
+        value = [value]
+    assert jcs.canonical(value) == b"[" * jcs.MAX_DEPTH + b"1" + b"]" * jcs.MAX_DEPTH
+    with pytest.raises(FormatError):
+        jcs.canonical([value])
 
 
 @pytest.mark.parametrize(
