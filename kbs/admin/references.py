@@ -18,6 +18,7 @@ from cai.errors import FormatError, Refused
 from kbs.admin.changes import Applied, ChangeKind, Role
 from kbs.admin.office import Administrator, Office
 from kbs.core import Core
+from kbs.policy.reference_keys import ReferenceKey, SignedBundle
 from kbs.policy.reference_store import (
     BUNDLE,
     KEY,
@@ -30,8 +31,6 @@ from kbs.policy.references import (
     MAX_LIFE,
     TIME_FORMAT,
     Bundle,
-    ReferenceKey,
-    SignedBundle,
     checked_values,
     parse_message,
     parse_time,

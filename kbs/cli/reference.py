@@ -53,7 +53,8 @@ def reference_add(
     json_output: JsonFlag = False,
 ) -> None:
     """Store a bundle that a registered key signed; it replaces the one of the same name."""
-    from kbs.policy.references import Bundle, SignedBundle, unb64
+    from kbs.policy.reference_keys import SignedBundle
+    from kbs.policy.references import Bundle, unb64
 
     data = _read(file, "reference bundle")
     bundle = Bundle.parse(data)
@@ -185,7 +186,7 @@ def keys_add(
     json_output: JsonFlag = False,
 ) -> None:
     """Register a key, Ed25519 or ECDSA P-256 (cosign.pub), or replace it."""
-    from kbs.policy.references import ReferenceKey
+    from kbs.policy.reference_keys import ReferenceKey
 
     pem = _read(file, "public key")
     key = ReferenceKey.parse(pem)

@@ -19,14 +19,13 @@ from cai import jcs
 from cai.errors import FormatError, InputMissing, LimitExceeded, Refused
 from kbs.audit.log import Change
 from kbs.policy.names import is_segment
+from kbs.policy.reference_keys import ReferenceKey, SignedBundle
 from kbs.policy.references import (
     MAX_BUNDLE,
     TIME_FORMAT,
     Bundle,
-    ReferenceKey,
     References,
     ReferenceValue,
-    SignedBundle,
     missing,
     parse_time,
     require_current,

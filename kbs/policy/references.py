@@ -1,9 +1,9 @@
-"""Reference values: which measurements are good, signed by who says so, with an end.
+"""Reference values: which measurements are good, and until when.
 
 Pure. A *bundle* is canonical JSON that names its values, when it was made and when it ends; it is
-signed over its exact bytes by an Ed25519 or ECDSA P-256 key that an administrator registered, so
-``cosign sign-blob`` signs one as well as ``kbs reference sign`` does (docs/kbs-policies.md §5).
-Trustee's own message is read too; nothing signs that, so an administrator answers for it.
+signed by a key that an administrator registered (``kbs.policy.reference_keys``). Trustee's own
+message is read too; nothing signs that, so an administrator answers for it (docs/kbs-policies.md
+§5).
 """
 
 from __future__ import annotations
@@ -13,23 +13,11 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from hashlib import sha256
-from operator import itemgetter
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-)
-
 from cai import jcs
-from cai.errors import FormatError, InputMissing, LimitExceeded, Refused, SettingError
+from cai.errors import FormatError, InputMissing, Refused, SettingError
 from cai.settings import Section
 from kbs.policy.names import is_segment
 
@@ -41,15 +29,6 @@ MAX_BUNDLE = 1024 * 1024
 
 MAX_ID = 256
 """Longest name of a reference value, characters."""
-
-MAX_KEY = 4096
-"""Largest PEM of a public key, bytes."""
-
-MAX_SIGNATURE = 1024
-"""Longest signature in base64, characters."""
-
-KEPT = 32
-"""How many opened bundles are kept, so that a release need not verify each one again."""
 
 MESSAGE_VERSION: Final = "0.1.0"
 """Version of Trustee's message."""
@@ -165,114 +144,6 @@ class Bundle:
                 "values": dict(self.values),
             }
         )
-
-
-class ReferenceKey:
-    """A public key that may sign bundles.
-
-    Attributes:
-        kind: ``ed25519`` or ``ecdsa-p256``.
-        id: SHA-256 of its SubjectPublicKeyInfo, hex.
-    """
-
-    def __init__(self, key: Ed25519PublicKey | ec.EllipticCurvePublicKey) -> None:
-        self._key = key
-        self.kind = "ed25519" if isinstance(key, Ed25519PublicKey) else "ecdsa-p256"
-        spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        self.id = sha256(spki).hexdigest()
-
-    @classmethod
-    def parse(cls, pem: bytes) -> ReferenceKey:
-        """Read a PEM ``PUBLIC KEY``, as ``openssl`` and ``cosign`` write it.
-
-        Raises:
-            LimitExceeded: longer than ``MAX_KEY``.
-            FormatError: not PEM, or a key of another kind.
-        """
-        if len(pem) > MAX_KEY:
-            raise LimitExceeded(f"public key: {len(pem)} bytes, at most {MAX_KEY} are accepted")
-        try:
-            key = load_pem_public_key(pem)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise FormatError("public key: not a PEM public key") from error
-        if isinstance(key, Ed25519PublicKey):
-            return cls(key)
-        if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
-            return cls(key)
-        raise FormatError("public key: expected Ed25519 or ECDSA P-256")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ReferenceKey) and self.id == other.id
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def verifies(self, data: bytes, signature: bytes) -> bool:
-        """Whether this key signed these bytes (ECDSA: DER, SHA-256, as cosign does)."""
-        try:
-            if isinstance(self._key, Ed25519PublicKey):
-                self._key.verify(signature, data)
-            else:
-                self._key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature:
-            return False
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class SignedBundle:
-    """A bundle's exact bytes and the signature over them."""
-
-    bundle: bytes
-    signature: bytes
-
-    @classmethod
-    def parse(cls, data: bytes) -> SignedBundle:
-        """Read ``{"bundle": base64, "signature": base64}``.
-
-        Raises:
-            LimitExceeded, FormatError: it has another form.
-        """
-        value = jcs.parse(data, what="signed bundle", limit=2 * MAX_BUNDLE)
-        if not isinstance(value, dict) or set(value) != {"bundle", "signature"}:
-            raise FormatError("signed bundle: expected the members bundle and signature")
-        signature = value["signature"]
-        if not isinstance(signature, str) or len(signature) > MAX_SIGNATURE:
-            raise FormatError("signed bundle: signature must be short base64")
-        return cls(unb64(value["bundle"], "bundle"), unb64(signature, "signature"))
-
-    def encode(self) -> bytes:
-        """The form that ``parse`` reads, canonical."""
-        return jcs.canonical(
-            {
-                "bundle": base64.b64encode(self.bundle).decode("ascii"),
-                "signature": base64.b64encode(self.signature).decode("ascii"),
-            }
-        )
-
-    def opened(self, keys: Mapping[str, ReferenceKey]) -> tuple[Bundle, str]:
-        """The bundle, if one of these keys signed it, and that key's name.
-
-        Raises:
-            Refused: none did.
-            FormatError, LimitExceeded: the bundle has another form.
-        """
-        return _opened(self, tuple(sorted(keys.items(), key=itemgetter(0))))
-
-
-@lru_cache(maxsize=KEPT)
-def _opened(
-    signed: SignedBundle, keys: tuple[tuple[str, ReferenceKey], ...]
-) -> tuple[Bundle, str]:
-    # The signature first: nobody else's bytes are worth parsing.
-    for name, key in keys:
-        if key.verifies(signed.bundle, signed.signature):
-            return Bundle.parse(signed.bundle), name
-    raise Refused(
-        "no registered key signed this bundle",
-        hint="kbs reference keys add NAME FILE.pem",
-        code="reference-signature",
-    )
 
 
 def parse_message(data: bytes) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from cai import jcs
 from cai.errors import CaiError
 from kbs.policy.names import PolicyName
 from kbs.policy.pool import RegoPool
+from kbs.policy.reference_keys import ReferenceKey, SignedBundle
 from kbs.policy.reference_store import ReferenceName
-from kbs.policy.references import Bundle, ReferenceKey, SignedBundle, parse_message, parse_time
+from kbs.policy.references import Bundle, parse_message, parse_time
 from kbs.policy.rego import RegoPolicy
 from kbs.policy.store import parse_binding
 from kbs.policy.vector import LEAST, MOST, parse_vector, status_of

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cai import jcs
 from cai.errors import FormatError, InputError
+from kbs.policy.reference_keys import ReferenceKey, SignedBundle
 from kbs.policy.reference_store import ReferenceName
-from kbs.policy.references import Bundle, ReferenceKey, SignedBundle, parse_message
+from kbs.policy.references import Bundle, parse_message
 from tests.kbs.world import Clock, Site, Visitor
 
 NOW = datetime.now(UTC).replace(microsecond=0)
