@@ -7,9 +7,9 @@ routes are there too, for the clients that people have (docs/kbs-policies.md §6
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 
@@ -32,6 +32,12 @@ EVERYBODYS: Final = PolicyName(PolicyKind.RESOURCE, "")
 
 DEFAULT_VERIFICATION: Final = PolicyName(PolicyKind.VERIFICATION, DEFAULT_ID)
 """The ``policy.toml`` of resources that are bound to nothing else."""
+
+MAX_VERSION: Final = 2**31 - 1
+"""Greatest version that is asked for; the database counts in 32 bits."""
+
+Version = Annotated[int | None, Query(ge=1, le=MAX_VERSION)]
+"""Query parameter: an older version."""
 
 
 def _check_set(core: Core, path: str, text: bytes) -> None:
@@ -92,7 +98,7 @@ def _add_own_routes(app: FastAPI, office: Office) -> None:
         return json_answer({"versions": await run_in_threadpool(_versions, office.core, name)})
 
     @app.get("/kbs/v0/policy/{path:path}")
-    async def get_policy(request: Request, path: str, version: int | None = None) -> Response:
+    async def get_policy(request: Request, path: str, version: Version = None) -> Response:
         admin = await office.identify(request, Role.POLICY, Role.AUDITOR)
         name = _seen(admin, PolicyName.parse(path))
         return json_answer(await run_in_threadpool(_shown, office.core, name, version))

@@ -269,7 +269,7 @@ async def _submit(
 
 def _seen(admin: Administrator, tenant: str) -> str:
     """The tenant whose values are shown; an administrator of one tenant sees no other."""
-    tenant = tenant or admin.tenant
+    tenant = ReferenceName.parse(f"{VALUES}/{tenant or admin.tenant}").tenant
     admin.require_tenant(tenant)
     return tenant
 

@@ -254,8 +254,10 @@ def test_versions_say_when_by_whom_and_what(site: Site) -> None:
     old = site.admin("GET", "policy/resource/?version=2").json()
     assert old["policy"] == b64u_encode(DENY)
     assert site.admin("GET", "policy/resource/").json()["policy"] == b64u_encode(ALLOW)
-    for version in ("3", "5", "0"):
+    for version in ("3", "5", "2147483647"):
         assert site.admin("GET", f"policy/resource/?version={version}").status_code == 404
+    for version in ("0", "-1", "2147483648", "9" * 30, "", "x", "1.5"):
+        assert site.admin("GET", f"policy/resource/?version={version}").status_code == 400
     assert site.admin("GET", "policy-versions/resource/x").status_code == 404
 
 

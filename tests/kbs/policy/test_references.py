@@ -280,6 +280,18 @@ def test_other_row_names_are_refused(path: str) -> None:
         ReferenceName.parse(path)
 
 
+@pytest.mark.parametrize("tenant", ["a/b", "%00", "a%20b", "..", "x" * 200])
+def test_tenants_are_repositories(site: Site, tenant: str) -> None:
+    for method, route, body in (
+        ("GET", "references", None), ("GET", "rvps/query", None),
+        ("GET", "reference-value/x", None), ("POST", "reference-value", message({"a": 1})),
+        ("DELETE", "reference-value/a", None), ("POST", "reference-key/x", pem(ED)),
+        ("POST", "reference-bundle/x", signed(bundle("x"))),
+    ):  # fmt: skip
+        answer = site.admin(method, f"{route}?tenant={tenant}", body)
+        assert answer.status_code == 400, (method, route)
+
+
 @pytest.mark.parametrize("name", ["a b", "..", "%2e", "a%2Fb", "x" * 200])
 def test_names_of_bundles_and_keys(keyed: Site, name: str) -> None:
     for noun in ("reference-bundle", "reference-key"):
