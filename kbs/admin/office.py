@@ -13,7 +13,7 @@ from fastapi import Request
 from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 
-from cai.errors import Unauthenticated
+from cai.errors import Refused, Unauthenticated
 from kbs.admin.changes import Applied, ChangeKind, ChangeKinds, Outdated, Role
 from kbs.admin.identity import Directory
 from kbs.admin.people import Administrator
@@ -21,6 +21,7 @@ from kbs.admin.proposal_store import MAX_ROUNDS, Proposals
 from kbs.admin.settings import AdminSettings
 from kbs.audit.log import Entry
 from kbs.core import Core
+from kbs.server.answers import request_id
 
 __all__ = ["Administrator", "Office"]
 
@@ -61,9 +62,18 @@ class Office:
             Unauthenticated: no valid token.
             Refused: the person has none of the roles.
         """
-        return await run_in_threadpool(
-            self.authenticate, request.headers.get("authorization"), *roles
-        )
+
+        def known() -> Administrator:
+            admin = self._known(request.headers.get("authorization"))
+            try:
+                admin.require(*roles)
+            except Refused as error:
+                call = f"{request.method} {request.url.path}"
+                self._note_refusal("call.refuse", admin, request_id(request), call, error)
+                raise
+            return admin
+
+        return await run_in_threadpool(known)
 
     def authenticate(self, authorization: str | None, *roles: Role) -> Administrator:
         """The administrator behind an ``Authorization`` header.
@@ -72,11 +82,7 @@ class Office:
             Unauthenticated: none.
             Refused: they have none of the roles.
         """
-        try:
-            admin = self.directory.authenticate(authorization)
-        except Unauthenticated:
-            self.core.count_failure("admin")
-            raise
+        admin = self._known(authorization)
         admin.require(*roles)
         return admin
 
@@ -107,8 +113,12 @@ class Office:
             CaiError: the change is not sound; nothing happened.
         """
         core = self.core
-        admin.require(kind.role)
-        admin.require_tenant(kind.tenant(object_id))
+        try:
+            admin.require(kind.role)
+            admin.require_tenant(kind.tenant(object_id))
+        except Refused as error:
+            self._note_refusal(kind.action, admin, request, object_id, error)
+            raise
         kind.check(core, object_id, contents)
         if self.proposals is not None and not kind.reducing:
             raise self.proposals.propose(kind, object_id, contents, admin, request)
@@ -146,3 +156,20 @@ class Office:
             details=applied.details,
         )
         self.core.audit.append(connection, entry, self.core.clock())
+
+    def _known(self, authorization: str | None) -> Administrator:
+        try:
+            return self.directory.authenticate(authorization)
+        except Unauthenticated:
+            self.core.count_failure("admin")
+            raise
+
+    def _note_refusal(
+        self, action: str, admin: Administrator, request: str, subject: str, error: Refused
+    ) -> None:
+        """Log what a known person asked for and may not; strangers are only counted."""
+        self.core.record(
+            Entry(
+                action, admin.actor, request, allowed=False, reason=error.message, subject=subject
+            )
+        )

@@ -73,7 +73,7 @@ class Broker:
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(30) == 143
+            assert self.process.wait(90) == 143
             assert self.process.stdout is not None
             self.process.stdout.close()
             self.process = None

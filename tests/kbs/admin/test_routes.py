@@ -73,11 +73,17 @@ def test_no_route_serves_one_without_a_role_of_ours(site: Site) -> None:
 def test_an_auditor_changes_nothing(site: Site) -> None:
     auditor = hire(site, "eve", "auditor")
     before = len(site.audit())
+    refused = 0
     for method, pattern, path in routes(site):
         if method == "GET" or pattern in ANYBODYS | READS_BY_POST:
             continue
         assert call(auditor, method, path) == 403, (method, pattern)
-    assert len(site.audit()) == before
+        refused += 1
+    new = site.audit()[before:]
+    # Nothing happened, and the log says who tried.
+    assert {(row["action"], row["decision"]) for row in new} == {("call.refuse", "deny")}
+    assert {row["actor"]["name"] for row in new} == {"eve"}
+    assert len(new) == refused
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.ADMIN])

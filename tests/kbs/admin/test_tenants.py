@@ -50,6 +50,10 @@ def test_resources_of_others_are_neither_changed_nor_listed(
         answer = outsider.call(method, route, b"{}" if method == "POST" else None)
         assert answer.status_code == 403, (method, route)
         assert answer.json()["code"] == "admin-tenant"
+    denied = site.last("resource.purge")
+    assert (denied["decision"], denied["actor"]["name"]) == ("deny", "other")
+    assert denied["subject"] == "models/a/b"
+    assert "change" not in denied
     listed: Any = outsider.call("GET", "resources").json()
     assert "models" not in str(listed)
     assert len(listed) == 1
