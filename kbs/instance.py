@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from sqlalchemy import Connection, insert, select
 
@@ -35,7 +34,7 @@ from kbs.keys.keyring import Keyring
 from kbs.keys.rowkey import new_row_key, open_row_key, row_key_state, store_row_key
 from kbs.keys.sealing import RowIdentity, Sealer, require_outside, row_hash
 from kbs.keys.settings import KeySettings
-from kbs.keys.signing import KeyName, SigningKeys
+from kbs.keys.signing import SigningKeys
 from kbs.names import Realm
 
 ADMIN_KEY_NAME = "admin.key"
@@ -56,8 +55,6 @@ class Instance:
         sealer: opens its rows.
         signing: its own signing keys.
         admin_key: public key that administrators' tokens are checked with.
-        token_key: signed attestation tokens when the database was opened; ``signing`` knows the
-            current one.
     """
 
     id: str
@@ -67,7 +64,6 @@ class Instance:
     sealer: Sealer
     signing: SigningKeys
     admin_key: Ed25519PublicKey
-    token_key: ec.EllipticCurvePrivateKey
 
 
 def default_kek(data: Path) -> Path:
@@ -214,10 +210,9 @@ def _open(database: Database, instance_id: str, realm: Realm, keyring: Keyring) 
     signing = SigningKeys(instance=instance_id, realm=realm.value, sealer=sealer)
     with database.read() as connection:
         admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
-        token_key = signing.current(connection, KeyName.TOKEN).es256
     return Instance(
         instance_id, realm, database, keyring, sealer, signing,
-        Ed25519PublicKey.from_public_bytes(admin), token_key,
+        Ed25519PublicKey.from_public_bytes(admin),
     )  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def add_routes(app: FastAPI, office: Office) -> None:
         return json_answer({"purged": purged})
 
     def add_order(route: str, kind: ChangeKind) -> None:
-        @app.post(f"/kbs/v0/{route}/{{path:path}}")
+        @app.post(f"/kbs/v0/{route}/{{path:path}}", operation_id=route)
         async def order(request: Request, path: str) -> Response:
             return await submit(request, kind, path, MAX_ORDER)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cai.attest.jwk import b64u_decode
+from kbs.keys.signing import KeyName
 from kbs.protocol.token import sign_token
 from tests.kbs.world import SECRET_TEXT, Site, Visitor
 
@@ -17,10 +18,10 @@ def bearer(site: Site, visitor: Visitor, **changes: Any) -> dict[str, str]:
     answer, _ = visitor.attested(site)
     claims = json.loads(b64u_decode(answer.json()["token"].split(".")[1], what="token"))
     claims.update(changes)
-    token = sign_token(
-        {name: value for name, value in claims.items() if value is not None},
-        site.broker.instance.token_key,
-    )
+    core = site.broker.core
+    with core.database.read() as connection:
+        key = core.signing.current(connection, KeyName.TOKEN).es256
+    token = sign_token({name: value for name, value in claims.items() if value is not None}, key)
     return {"Authorization": f"Bearer {token}"}
 
 
