@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cai.attest.rcar import ERROR_PAGES
 
 HEAD_SECONDS = 20
 """How long a client may take from the first byte, or from connecting, to the end of a head,
@@ -40,6 +43,26 @@ class _Bounded(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._forget_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the form of every other refusal."""
+        body = json.dumps(
+            {"type": f"{ERROR_PAGES}/HTTPFailed", "detail": msg, "code": "http"},
+            separators=(",", ":"),
+        ).encode("ascii")
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode("ascii")),
+            (b"connection", b"close"),
+        ]
+        answer = (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        for event in answer:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -298,6 +299,14 @@ def test_a_slow_head_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 4
     assert (silent, slow) == (b"", b"")
     assert b"heard" in quick
+
+
+@pytest.mark.parametrize("text", [b"\x16\x03\x01\x02\x00", b"GET", b"\x00" * 64])
+def test_what_is_no_http_is_told_in_the_usual_form(text: bytes) -> None:
+    (heard,) = asyncio.run(spoken_to(9, [text + b"\r\n\r\n"]))
+    assert heard.startswith(b"HTTP/1.1 400 ")
+    value = json.loads(heard.partition(b"\r\n\r\n")[2])
+    assert value["type"].endswith("/HTTPFailed")
 
 
 # Files that are looked after.
