@@ -6,18 +6,19 @@ Every method that decides commits its audit row before it returns (decisions §6
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from cai.attest import jwe
-from cai.attest.checkpoint import read_checkpoint
+from cai.attest.checkpoint import CheckpointProof, read_checkpoint
 from cai.attest.facts import Facts
 from cai.attest.jwk import PublicJwk
 from cai.attest.lease import LeaseAnswer, LeaseGrant, LeaseRequest
 from cai.attest.rcar import Challenge, Request
-from cai.attest.ticket import Ticket, ticket_digest
+from cai.attest.ticket import ticket_digest
 from cai.errors import CaiError, FormatError, InputMissing, Unauthenticated
 from cai.secret import Secret
 from kbs.audit.log import Entry
@@ -34,11 +35,24 @@ from kbs.protocol.sessions import Established, Session, State, session_ref
 from kbs.protocol.slim import slim
 from kbs.protocol.verifier import Verifier
 from kbs.release.evaluation import Evaluator, Rules
-from kbs.release.pipeline import Asked, Pipeline
+from kbs.release.pipeline import Asked, Decision, Pipeline
 from kbs.release.refusal import evidence_refused, failed_entry, guest, reasons
 from kbs.release.settings import ReleaseSettings
 from kbs.release.ticket import issue_ticket
 from kbs.resources.settings import ResourceSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLease:
+    """A lease that was granted and logged, before its ticket is signed.
+
+    Attributes:
+        wanted: the request.
+        decision: what was committed.
+    """
+
+    wanted: LeaseRequest
+    decision: Decision
 
 
 class KeyBroker:
@@ -175,9 +189,20 @@ class KeyBroker:
     def lease(
         self, body: bytes, *, cookie: str | None, bearer: str | None, request: str
     ) -> dict[str, Any]:
-        """Grant or renew a lease (docs/spec-lease.md §2).
+        """``begin_lease`` and ``finish_lease`` for callers that may wait a second.
 
-        Blocks until the decision is under a checkpoint, about a second at most.
+        Raises:
+            CaiError: as those.
+        """
+        pending = self.begin_lease(body, cookie=cookie, bearer=bearer, request=request)
+        while isinstance(answer := self.finish_lease(pending), float):
+            time.sleep(answer)
+        return answer
+
+    def begin_lease(
+        self, body: bytes, *, cookie: str | None, bearer: str | None, request: str
+    ) -> PendingLease:
+        """Decide about a lease, new or renewed (docs/spec-lease.md §2).
 
         Args:
             body: the request, canonical JSON.
@@ -186,7 +211,7 @@ class KeyBroker:
             request: id of this request.
 
         Returns:
-            The answer as a JSON value: JWE, ticket, consistency proof.
+            The committed decision, whose answer waits for a checkpoint.
 
         Raises:
             FormatError, LimitExceeded: the request has another form.
@@ -194,6 +219,7 @@ class KeyBroker:
             PolicyDenied: a policy or a block says no; carries the verdict.
             InputMissing: policies would allow it, but there is no such resource.
             Tampered: a stored row is not the one that was stored.
+            TooBusy: administration changed something at every attempt.
         """
         wanted = LeaseRequest.parse(body)
         session = self._find(self._reference(cookie, bearer))
@@ -201,22 +227,35 @@ class KeyBroker:
         if wanted.resource != name.uri:
             raise FormatError("lease request: resource is not kbs:///repository/type/tag")
         decision = self._pipeline.decide(Asked(session, name, request, wanted))
+        return PendingLease(wanted, decision)
+
+    def finish_lease(self, pending: PendingLease) -> dict[str, Any] | float:
+        """The answer as a JSON value; or the seconds to wait until it can be given.
+
+        Checkpoints are at most one a second, and those who wait share the next one.
+
+        Raises:
+            Tampered: the audit log does not fit itself.
+        """
+        wanted, decision = pending.wanted, pending.decision
         lease, claims = decision.lease, decision.claims
         if lease is None or claims is None:
             raise CaiError("a lease was allowed without being granted")
-        ticket = issue_ticket(self.core, claims, decision.seq)
+        proof = self.core.checkpoints.attempt(decision.seq)
+        if not isinstance(proof, CheckpointProof):
+            return float(proof)
+        ticket = issue_ticket(self.core, claims, proof)
         grant = LeaseGrant(
-            lease=lease.id, resource=name.uri, version=decision.resource.version,
+            lease=lease.id, resource=wanted.resource, version=decision.resource.version,
             nonce=wanted.nonce, ttl_s=lease.ttl_s, drain_s=lease.drain_s,
             ticket=ticket_digest(ticket), contents=Secret(decision.resource.contents),
         )  # fmt: skip
         sealed = jwe.encrypt(grant.encode(), decision.established.tee_pubkey)
-        return LeaseAnswer(sealed, ticket, self._growth(wanted, ticket)).to_json()
+        return LeaseAnswer(sealed, ticket, self._growth(wanted, proof)).to_json()
 
-    def _growth(self, wanted: LeaseRequest, ticket: bytes) -> tuple[str, ...]:
+    def _growth(self, wanted: LeaseRequest, proof: CheckpointProof) -> tuple[str, ...]:
         """Proof from the checkpoint that the guest knows to the one of its ticket."""
-        known = wanted.checkpoint
-        newest = read_checkpoint(Ticket.parse(ticket).audit.proof.note)
+        known, newest = wanted.checkpoint, read_checkpoint(proof.note)
         if known is None or known.origin != newest.origin or known.size > newest.size:
             # There is none; the guest sees what that means.
             return ()

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 3
 """How often a decision is prepared before the broker gives up on settling."""
 
+RECORD_SUFFIX = ".cai"
+"""A password's record is the resource of its name with this (decisions §3.1)."""
+
 RELEASE = "release"
 """Action in the audit log of a resource asked for, plainly or with a new lease."""
 
@@ -157,6 +160,7 @@ class Pipeline:
                 established = core.sessions.established(connection, asked.session)
                 rules = self._evaluator.for_resource(connection, asked.name)
                 sealed = core.resources.sealed(connection, asked.name.path)
+                beside = core.resources.sealed(connection, asked.name.path + RECORD_SUFFIX)
             except CaiError as error:
                 return Prepared(seen, self._failed(asked, error), error)
         # No transaction is open: policies, key providers and stores elsewhere may take their time.
@@ -178,12 +182,14 @@ class Pipeline:
                 )
             opened = core.resources.open(sealed)
             _require_lease(asked, opened)
+            model = model_facts(opened.contents)
+            if not model.model_id and beside is not None and beside.stored is not None:
+                model = model_facts(core.resources.open(beside).contents)
         except CaiError as error:
             return Prepared(seen, refused_by(entry, error), error)
         return Prepared(
-            seen, replace(entry, served=opened.version), None, established, opened,
-            model_facts(opened.contents),
-        )  # fmt: skip
+            seen, replace(entry, served=opened.version), None, established, opened, model
+        )
 
     def _commit(self, asked: Asked, prepared: Prepared) -> Decision | CaiError | None:
         """Write the leaf; ``None`` when what was prepared does not hold any more."""

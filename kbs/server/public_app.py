@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import Request, Response
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -80,13 +82,18 @@ class GuestRoutes:
     async def lease(self, request: Request) -> Response:
         """``POST /kbs/v0/lease``: grant or renew a lease."""
         body = await read_body(request, limit=MAX_LEASE_REQUEST)
-        answer = await self._crew.quick(
-            self._broker.lease,
+        pending = await self._crew.quick(
+            self._broker.begin_lease,
             body,
             cookie=_cookie(request),
             bearer=_bearer(request),
             request=request_id(request),
         )
+        # No thread waits for the next checkpoint.
+        answer = await self._crew.quick(self._broker.finish_lease, pending)
+        while isinstance(answer, float):
+            await asyncio.sleep(answer)
+            answer = await self._crew.quick(self._broker.finish_lease, pending)
         return json_answer(answer)
 
 

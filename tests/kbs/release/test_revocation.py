@@ -83,6 +83,23 @@ def test_plain_releases_obey_blocks(allowed: Site, visitor: Visitor) -> None:
     refused(allowed.get(cookie), 403, "revoked.launch")
 
 
+def test_a_password_is_revoked_with_the_model_of_its_record(
+    allowed: Site, visitor: Visitor
+) -> None:
+    """For gocryptfs the record without a key is the resource beside it (decisions §3.1)."""
+    from cai.secret import Secret
+
+    beside = record(kek=Secret(b""))
+    assert allowed.admin("POST", f"resource/{URI}.cai", beside).status_code == 200
+    _, cookie = visitor.attested(allowed)
+    assert visitor.open(allowed.get(cookie)) == SECRET_TEXT
+    for kind, value in (("model", MODEL_ID), ("version", MODEL_ROOT)):
+        block(allowed, kind, value)
+        refused(allowed.get(cookie), 403, f"revoked.{kind}")
+        assert allowed.admin("DELETE", f"block/{kind}/{value}").status_code == 200
+    assert lease(allowed, visitor).ticket.claims.models == (MODEL_ROOT,)
+
+
 def failed_after(site: Site, cookie: str) -> set[str]:
     assert site.get(cookie).status_code == 403
     return failed(site.last("release"))
