@@ -89,6 +89,7 @@ class Rotation:
         data_keys = {
             (row.path, row.version): self._rewrapped(target, row) for row in rows
         }
+        self._done = {(target, old): new for old, new in data_keys.values()}
         return Rewrapped(before, after, data_keys)
 
     def apply(self, connection: Connection, rewrapped: Rewrapped) -> Change:
