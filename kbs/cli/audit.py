@@ -41,12 +41,18 @@ def audit_show(
     *,
     start: Annotated[int, typer.Option("--from", help="First row.", min=0)] = 0,
     limit: Annotated[int, typer.Option(help="Most rows.", min=1, max=1000)] = 100,
+    last: Annotated[
+        int, typer.Option(help="The newest rows instead, so many.", min=0, max=1000)
+    ] = 0,
     admin_url: AdminUrl = ADMIN_URL,
     admin_key: AdminKey = ADMIN_KEY,
     json_output: JsonFlag = False,
 ) -> None:
     """Print the audit log: every decision with every check behind it."""
     with open_client(admin_url, admin_key) as client:
+        if last:
+            size = member(client.get("audit?limit=1"), "size", int)
+            start, limit = max(0, size - last), last
         answer = client.get(f"audit?from={start}&limit={limit}")
     rows = member(answer, "rows", list)
     speaker = terminal.current()

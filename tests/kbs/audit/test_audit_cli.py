@@ -273,3 +273,27 @@ def test_a_walk_that_cannot_be_done_says_so(full: Site, monkeypatch: pytest.Monk
     assert answer.status_code == 500
     assert "ZeroDivisionError" in answer.text
     assert "secret text" not in answer.text
+
+
+def test_rows_from_either_end(run: Run) -> None:
+    status, value = run("show", "--from", "2", "--limit", "3")
+    assert (status, [row["seq"] for row in value["rows"]]) == (0, [2, 3, 4])
+    size = value["size"]
+    assert [row["seq"] for row in run("show", "--last", "2")[1]["rows"]] == [size - 2, size - 1]
+    assert len(run("show", "--last", "1000")[1]["rows"]) == size
+    assert run("show", "--limit", "0")[0] == 2
+
+
+def test_a_person_reads_a_table(
+    client: SiteClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["kbs", "audit", "show", "--last", "5"])
+    assert run_app("kbs", app) == 0
+    assert "unauthenticated" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["kbs", "audit", "verify"])
+    assert run_app("kbs", app) == 0
+    told = capsys.readouterr()
+    assert "database.row" in told.out
+    assert "SIMULATED" in told.out
+    assert "own word" in told.err
