@@ -135,7 +135,7 @@ class LeaseGrant:
     Attributes:
         lease: id of the lease, 32 hex digits.
         resource: as asked for.
-        version: of the resource.
+        version: of the resource; 0 for one that lives elsewhere.
         nonce: the guest's.
         ttl_s: seconds, counted by the guest from sending its request, in which new requests start.
         drain_s: seconds more for running ones.
@@ -182,7 +182,7 @@ class LeaseGrant:
             grant = cls(
                 lease=hex_member(section, "lease", 16),
                 resource=_short(section, "resource", MAX_URI),
-                version=section.integer("version", least=1, most=jcs.MAX_INTEGER, unit="(version)"),
+                version=section.integer("version", least=0, most=jcs.MAX_INTEGER, unit="(version)"),
                 nonce=hex_member(section, "nonce", NONCE_SIZE),
                 ttl_s=section.integer("ttl_s", least=1, most=MAX_TTL_S, unit="seconds"),
                 drain_s=section.integer("drain_s", least=0, most=MAX_DRAIN_S, unit="seconds"),

@@ -120,6 +120,13 @@ def test_the_messages_round_trip() -> None:
     assert LeaseAnswer.parse(json.dumps(answer.to_json()).encode()) == answer
 
 
+def test_what_lives_outside_the_broker_has_version_0() -> None:
+    good = json.loads(VECTORS["grant"])
+    assert LeaseGrant.parse(jcs.canonical(good | {"version": 0})).version == 0
+    with pytest.raises(FormatError):
+        LeaseGrant.parse(jcs.canonical(good | {"version": -1}))
+
+
 def test_a_grant_hides_its_contents() -> None:
     grant = LeaseGrant.parse(VECTORS["grant"].encode())
     assert "contents" not in repr(grant).replace("contents=<", "")
