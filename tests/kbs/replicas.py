@@ -25,12 +25,15 @@ PAUSE = 0.05
 
 
 class Replica:
-    """One ``kbs serve``."""
+    """One ``kbs serve``; ``program`` is how it is started."""
 
-    def __init__(self, cwd: Path, *arguments: str | Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, cwd: Path, *arguments: str | Path, env: dict[str, str],
+        program: tuple[str, ...] = ("-m", "kbs"),
+    ) -> None:  # fmt: skip
         cwd.mkdir(exist_ok=True)
         self.errors = cwd / "errors.txt"
-        command = [sys.executable, "-m", "kbs", "serve", "--json", "--listen", "127.0.0.1:0",
+        command = [sys.executable, *program, "serve", "--json", "--listen", "127.0.0.1:0",
                    "--admin-listen", "127.0.0.1:0", *map(str, arguments)]  # fmt: skip
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
