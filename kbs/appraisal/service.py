@@ -43,6 +43,9 @@ SUBJECT = "tdx guest at the attestation service"
 STATEMENT_CLAIM = "cai_statement"
 """Member of the runtime data claims that holds our own statement."""
 
+AUDIENCE_CLAIM = "cai.audience"
+"""Member of every token that says who it is for, also where a stock reader allows no ``aud``."""
+
 FRESHNESS_CLAIM = "challenge"
 """Member of the claims ``cai`` that says whether the evidence answers a challenge of ours."""
 
@@ -258,6 +261,10 @@ class AttestationService:
             expires=int(now.timestamp()) + self._settings.token_seconds, id=uuid.uuid4().hex,
         )  # fmt: skip
         claims = ear_claims(appraisal, context, evidence=evidence, simulated=facts.simulated)
+        claims[AUDIENCE_CLAIM] = self.audience
+        if question.statement is None and not self._settings.audience:
+            # Stock readers (TNG 2.12) refuse any token with an `aud`, since they expect none.
+            del claims["aud"]
         return claims if self._settings.verbose else slim(claims)
 
 

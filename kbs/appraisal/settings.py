@@ -24,7 +24,8 @@ class AppraisalSettings:
         require_challenge: refuse evidence that answers no challenge of this service. Stock TNG
             asks for none before RATS-TLS, so it is off; the token says which it was.
         token_seconds: how long an appraisal is valid, seconds.
-        audience: ``aud`` of its tokens; empty is ``cai-as/<instance>``.
+        audience: ``aud`` of its tokens. Empty is ``cai-as/<instance>``, which stands in
+            ``cai.audience`` alone where the client is a stock one: those refuse any ``aud``.
         verbose: put the evidence into the token instead of its digests.
     """
 

@@ -166,7 +166,9 @@ def test_a_stock_client_gets_an_affirming_token(appraised: Site, asker: Asker) -
     assert cpu["ear.veraison.annotated-evidence"]["runtime_data_claims"] == asker.runtime
     assert claims["eat_profile"] == "tag:github.com,2024:confidential-containers/Trustee"
     assert claims["iss"] == "CAI-SIMULATED"
-    assert claims["aud"] == f"cai-as/{appraised.broker.instance.id}"
+    assert claims["cai.audience"] == f"cai-as/{appraised.broker.instance.id}"
+    # TNG refuses every token that has an audience.
+    assert "aud" not in claims
     assert claims["use"] == "appraisal"
     assert claims["exp"] - claims["iat"] == 300
     assert len(cpu["cai.policy-sha256"]) == 64
@@ -357,6 +359,15 @@ def test_a_statement_is_recomputed_and_its_claims_are_told(site: Site, asker: As
     told = cpu["runtime_data_claims"]["cai_statement"]
     assert told == json.loads(statement.encode())
     assert "gpu0" in claims["submods"]
+    assert claims["aud"] == claims["cai.audience"] == f"cai-as/{site.broker.instance.id}"
+
+
+def test_an_audience_can_be_configured(site: Site, platform: SimulatedPlatform) -> None:
+    settings = replace(
+        site.settings, attestation=replace(site.settings.attestation, audience="our-readers")
+    )
+    claims = verified(site, Asker(Site(site.broker, settings, site.clock), platform).ask())
+    assert claims["aud"] == claims["cai.audience"] == "our-readers"
 
 
 def test_another_statement_is_refused(site: Site, asker: Asker) -> None:
