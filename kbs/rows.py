@@ -222,6 +222,8 @@ def newest_changes(connection: Connection, names: list[str]) -> dict[str, Change
         FormatError: a leaf is not canonical JSON; the log was edited.
         Tampered: a leaf is about something else.
     """
+    if not names:
+        return {}
     newest = select(func.max(AUDIT.c.seq)).where(AUDIT.c.object.in_(names)).group_by(AUDIT.c.object)
     leaves = connection.execute(
         select(AUDIT.c.object, AUDIT.c.leaf).where(AUDIT.c.seq.in_(newest))
