@@ -1,4 +1,4 @@
-"""Every decision about a resource, in three steps (docs/kbs-operation.md).
+"""Every decision about a resource, in three steps (docs/spec-lease.md §3.1).
 
 *Read*: a consistent view of session, policies and the resource's row, together with the counter of
 administrative changes. *Evaluate*: policies, key providers and stores elsewhere may take their
