@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check bench peers lock clean
 
 demo: $(STAMP)
 	$(BIN)/cai demo
@@ -15,6 +15,13 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Stock TNG, the gateway's peer in tests; its console script has our name, so it lives elsewhere.
+peers: build/peers/2.12.0 build/peers/2.7.3
+
+build/peers/%: requirements/tng-%.txt $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target $@ -r $<
+	touch $@
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
@@ -32,6 +39,7 @@ lock:
 	build/lock/bin/pip install --quiet pip-tools
 	build/lock/bin/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --no-strip-extras --allow-unsafe --output-file requirements/runtime.txt pyproject.toml
 	build/lock/bin/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --no-strip-extras --allow-unsafe --extra demo --extra dev --output-file requirements/dev.txt pyproject.toml requirements/build.in
+	for version in 2.12.0 2.7.3; do echo "tng-sdk==$$version" | build/lock/bin/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --no-strip-extras --allow-unsafe --output-file requirements/tng-$$version.txt -; done
 
 clean:
 	rm -rf $(VENV) build demo-run
