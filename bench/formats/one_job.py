@@ -1,7 +1,7 @@
 """One measured job over a sealed model, a process of its own.
 
-    python -m bench.materialise SEALED KEY never|within_size     decrypt it all into a tmpfs
-    python -m bench.materialise SEALED KEY first-bytes           open, list, first byte of each file
+    python -m bench.formats.one_job SEALED KEY never|within_size   decrypt it all into a tmpfs
+    python -m bench.formats.one_job SEALED KEY first-bytes   open, list, first byte of each
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads one file in one way and prints bytes and seconds; each measurement is its own process.
 
-    python -m bench.reading seq|mmap|random PATH
+    python -m bench.formats.one_read seq|mmap|random PATH
 """
 
 from __future__ import annotations
