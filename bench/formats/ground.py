@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -22,14 +23,9 @@ PYTHON = [sys.executable]
 CAI = [*PYTHON, "-m", "cai"]
 FILE = "model.safetensors"
 ROOT = Path(__file__).resolve().parent.parent.parent
+MADV_POPULATE_WRITE = 23
 SPARE = 3 * 1024 * MIB
 """Memory that is never taken, bytes: a machine without swap that runs out kills something."""
-
-_TOUCH = """
-import mmap, sys
-room = mmap.mmap(-1, int(sys.argv[1]))
-room.madvise(23)  # MADV_POPULATE_WRITE
-"""
 
 
 @dataclass
@@ -74,15 +70,17 @@ class Bench:
         """Key of our methods."""
         return self.work / "key"
 
-    def ready(self) -> None:
+    def ready(self, huge: str = "never") -> None:
         """Begin a measurement: memory as on a machine that has used all of its own before.
 
-        A virtual machine's host may take back memory that is free for some seconds; what touches it
-        next then pays for the host's work. That is made to happen here, for every method alike.
+        A virtual machine's host may take back memory that is free for some seconds, and what
+        touches it next then waits for the host. As much as will be needed is touched here, for
+        every method alike, and on pages of the same kind, for they come from the same lists.
         """
         room = min(self.size + 256 * MIB, available_memory() - SPARE)
         if room > 0:
-            subprocess.run([*PYTHON, "-c", _TOUCH, str(room)], check=True)
+            with tmpfs(self.work / "ready", room, huge) as folder:
+                touch(folder / "room", room)
         self.account.restart()
 
     def note(self, name: str, amount: float, seconds: float) -> None:
@@ -128,6 +126,14 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def touch(path: Path, size: int) -> None:
+    """A file of ``size`` bytes, every page of which is there."""
+    with path.open("w+b") as file:
+        file.truncate(size)
+        with mmap.mmap(file.fileno(), size) as room:
+            room.madvise(MADV_POPULATE_WRITE)
 
 
 @contextlib.contextmanager

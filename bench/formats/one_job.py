@@ -24,7 +24,7 @@ def pour(tree: ModelTree, huge: str) -> None:
     area = system.DetachedMount(
         "tmpfs", "bench", {"size": str(room), "mode": "0700"}, {"noswap": None, "huge": huge}
     )
-    with Pourer(tree) as pourer:
+    with Pourer(tree, large_pages=huge != "never") as pourer:
         for number, entry in enumerate(files):
             out = os.open(str(number), os.O_RDWR | os.O_CREAT, dir_fd=area.descriptor)
             pourer.pour(entry, out)

@@ -51,7 +51,7 @@ def _read_all(bench: Bench, name: str, mounter: Mounter) -> None:
             continue
         with mounter() as point:
             if not name.startswith(PLAIN):
-                bench.ready()
+                bench.ready("within_size" if name == THROUGH else "never")
             if name == THROUGH:
                 start = time.perf_counter()
                 with (point / FILE).open("rb"):

@@ -51,7 +51,7 @@ def mount_tmpfs(
     root_mode = index.nodes[0].attributes.mode & 0o777
     area = memory.area(needed, len(index.nodes) + 1)
     try:
-        with Pourer(tree, progress) as pourer:
+        with Pourer(tree, progress, large_pages=memory.has_large_pages(area)) as pourer:
             _fill(tree, area.descriptor, owner, pourer)
         _own(area.descriptor, ".", root_mode, owner)
         area.make_read_only()
@@ -117,7 +117,7 @@ def _fill(tree: ModelTree, root: int, owner: Owner, pourer: Pourer) -> None:
 
 
 def _write_file(entry: Entry, root: int, owner: Owner, pourer: Pourer) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     out = os.open(entry.path, flags, 0o600, dir_fd=root)
     try:
         pourer.pour(entry, out)
