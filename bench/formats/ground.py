@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.formats.account import Account
+from bench.formats.ballast import KEEP, Ballast
 from cai.mount import system
 
 MIB = 1024 * 1024
@@ -23,8 +23,7 @@ PYTHON = [sys.executable]
 CAI = [*PYTHON, "-m", "cai"]
 FILE = "model.safetensors"
 ROOT = Path(__file__).resolve().parent.parent.parent
-MADV_POPULATE_WRITE = 23
-SPARE = 3 * 1024 * MIB
+SPARE = KEEP
 """Memory that is never taken, bytes: a machine without swap that runs out kills something."""
 
 
@@ -35,6 +34,7 @@ class Bench:
     Attributes:
         work: a tmpfs of our own, without large pages.
         size: bytes of the model's weights.
+        ballast: makes memory equally fast for all.
         only: names, or their beginnings, that are measured; all when empty.
         found: name to measurements, MB/s or reads a second.
         cpu: name to CPU seconds of all processes for a GiB, or for a million reads.
@@ -44,6 +44,7 @@ class Bench:
 
     work: Path
     size: int
+    ballast: Ballast
     only: tuple[str, ...] = ()
     found: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
@@ -70,17 +71,9 @@ class Bench:
         """Key of our methods."""
         return self.work / "key"
 
-    def ready(self, huge: str = "never") -> None:
-        """Begin a measurement: memory as on a machine that has used all of its own before.
-
-        A virtual machine's host may take back memory that is free for some seconds, and what
-        touches it next then waits for the host. As much as will be needed is touched here, for
-        every method alike, and on pages of the same kind, for they come from the same lists.
-        """
-        room = min(self.size + 256 * MIB, available_memory() - SPARE)
-        if room > 0:
-            with tmpfs(self.work / "ready", room, huge) as folder:
-                touch(folder / "room", room)
+    def ready(self) -> None:
+        """Begin a measurement."""
+        self.ballast.fill()
         self.account.restart()
 
     def note(self, name: str, amount: float, seconds: float) -> None:
@@ -126,14 +119,6 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def touch(path: Path, size: int) -> None:
-    """A file of ``size`` bytes, every page of which is there."""
-    with path.open("w+b") as file:
-        file.truncate(size)
-        with mmap.mmap(file.fileno(), size) as room:
-            room.madvise(MADV_POPULATE_WRITE)
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ def materialise(bench: Bench, method: str) -> None:
             continue
         if method == STOCK:
             with tmpfs(bench.work / "target", bench.size + 64 * MIB, huge) as target:
-                bench.ready(huge)
+                bench.ready()
                 start = time.perf_counter()
                 with stock_mount(bench, "-ro") as point:
                     run("cp", point / FILE, target / FILE)
                 seconds = time.perf_counter() - start
         else:
-            bench.ready(huge)
+            bench.ready()
             job = [*PYTHON, "-m", "bench.formats.one_job"]
             seconds = run(*job, bench.sealed, bench.key, huge)
         bench.note(name, bench.size, seconds)

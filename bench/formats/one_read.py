@@ -12,10 +12,10 @@ import sys
 import time
 
 STEP = 1024 * 1024
-READS = 6000
+READS = 40_000
 """Most random reads."""
 
-SECONDS = 4.0
+SECONDS = 2.0
 """Longest time for random reads."""
 
 

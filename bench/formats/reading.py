@@ -50,12 +50,13 @@ def _read_all(bench: Bench, name: str, mounter: Mounter) -> None:
         if not bench.wanted(*(f"{each}/{name}" for each in ways)):
             continue
         with mounter() as point:
-            if not name.startswith(PLAIN):
-                bench.ready("within_size" if name == THROUGH else "never")
             if name == THROUGH:
+                bench.ready()
                 start = time.perf_counter()
                 with (point / FILE).open("rb"):
                     bench.note(f"first open/{name}", bench.size, time.perf_counter() - start)
+            elif not name.startswith(PLAIN) and way != "random":
+                bench.ready()
             _read(bench, f"{way}/{name}", way, point / FILE)
             if way == "seq":
                 _read(bench, f"warm/{name}", "seq", point / FILE)

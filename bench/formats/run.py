@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from bench.formats.ground import MIB, SPARE, Bench, available_memory, tmpfs, write_model
+from bench.formats.ballast import Ballast
+from bench.formats.ground import MIB, ROOT, SPARE, Bench, available_memory, tmpfs, write_model
 from bench.formats.many import many_files
 from bench.formats.materialising import materialise
 from bench.formats.memory import peak_memory
@@ -51,12 +53,16 @@ def main() -> None:
             f"{needed / MIB / 1024:.0f} GiB of memory are needed, "
             f"{available_memory() / MIB / 1024:.0f} are available; choose a smaller --size"
         )
+    # As it is installed: compiled once.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    compileall.compile_dir(ROOT / "cai", quiet=1)
+    compileall.compile_dir(ROOT / "bench", quiet=1)
     only = tuple(part for part in given.only.split(",") if part)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     load = os.getloadavg()[0]
     extra: dict[str, dict[str, float]] = {}
-    with tmpfs(folder, 3 * size + 512 * MIB, "never") as work:
-        bench = Bench(work, size, only)
+    with Ballast() as ballast, tmpfs(folder, 3 * size + 512 * MIB, "never") as work:
+        bench = Bench(work, size, ballast, only)
         bench.secret.write_text("bench\n")
         bench.key.write_text(os.urandom(32).hex() + "\n")
         if bench.wanted(*SPEED):

@@ -32,7 +32,7 @@ from cai.model import (
     content_root_of_tree,
     open_model,
 )
-from cai.model.gocryptfs import blocks, sealing
+from cai.model.gocryptfs import blocks
 from cai.model.gocryptfs.blocks import BlockCipher, encode_header, tag_digest
 from cai.model.gocryptfs.entries import CipherTree, FileTags
 from cai.model.gocryptfs.keys import CipherKeys, read_password_file
