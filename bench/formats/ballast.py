@@ -1,6 +1,6 @@
 """Memory that is as fast to take for every method: a process that holds what is free.
 
-    python -m bench.formats.ballast     "fill" on its input holds all but ``KEEP``, and answers
+Run as a program: "fill" on its input holds all but ``KEEP``, and is answered.
 
 A virtual machine's host may take back memory that has been free for some seconds, and what touches
 it next waits for the host: whatever is measured then is mostly the host. So nearly all of the
@@ -32,9 +32,8 @@ class Ballast:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.formats.ballast"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent.parent,
-        )  # fmt: skip
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def fill(self) -> None:
         """Hold what is free by now."""
@@ -72,7 +71,7 @@ def main() -> None:
                 return
             with contextlib.suppress(OSError):
                 while free_memory() > KEEP + 2 * CHUNK:
-                    chunk = mmap.mmap(-1, CHUNK)
+                    chunk = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                     chunk.madvise(mmap.MADV_HUGEPAGE)
                     chunk.madvise(MADV_POPULATE_WRITE)
                     held.append(chunk)
