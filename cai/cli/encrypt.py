@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai.cli.model_keys import ModelKeys, drop_staged
+from cai.cli.key_files import drop_staged
+from cai.cli.model_keys import ModelKeys
 from cai.errors import LimitExceeded, UsageError
 from cai.settings import read_settings_file
 from cai.terminal import JsonFlag, Terminal, current
@@ -123,14 +124,17 @@ def encrypt(
         known = "use --method cai or gocryptfs"
         message, hint = _LATER.get(method, (f"unknown method {method!r}", known))
         raise UsageError(message, hint=hint)
-    if gocryptfs and (against or pad):
-        raise UsageError("--against and --pad are for --method cai")
+    if gocryptfs and pad:
+        raise UsageError("--pad is for --method cai")
     source = directory.absolute()
     target = out or source.parent / f"{source.name}.sealed"
     openssf = _OpenSsf(openssf_signature, openssf_public_key, openssf_key, openssf_out)
     openssf.check(source, target)
-    if against and not (key_file or key_out or kbs):
-        key_file = old_key_file
+    if against and not (key_file or key_out or kbs or password_file):
+        if gocryptfs:
+            password_file = old_key_file
+        else:
+            key_file = old_key_file
     try:
         check_places(directory, target)
     except UsageError:
@@ -146,13 +150,14 @@ def encrypt(
         {"source": origin, "revision": revision} | openssf.provenance(),
         pickle=allow_pickle, remote_code=allow_remote_code, pad=pad,
     )
-    with _older(against, old_key_file or key_file) as older, keys.undone_on_failure():
+    old_key = old_key_file or key_file or password_file
+    with _older(against, old_key) as older, keys.undone_on_failure():
         keys.stage()
         if keys.password is not None:
             report = seal_gocryptfs(
                 directory, target, keys.password, options=options, progress=terminal.progress,
-                before_commit=lambda sealed: keys.place(sealed, terminal), sign=keys.sign(),
-                review=openssf.review(name, keys),
+                before_commit=lambda sealed: keys.place(sealed, terminal), against=older,
+                sign=keys.sign(), review=openssf.review(name, keys),
                 log2_n=PASSWORD_LOG2_N if password_file else KEY_LOG2_N,
             )
         else:
@@ -169,14 +174,15 @@ def encrypt(
 @contextmanager
 def _older(sealed: Path | None, key_file: Path | None) -> Iterator[SealedModel | None]:
     """The revision before, opened."""
-    from cai.model import open_model, read_key_file
+    from cai.model import open_model
+    from cai.model.opening import read_key
 
     if sealed is None:
         yield None
         return
     if key_file is None:
         raise UsageError("--against needs the key of the older revision", hint="--old-key-file F")
-    with open_model(sealed, read_key_file(key_file)) as model:
+    with open_model(sealed, read_key(sealed, key_file)) as model:
         yield model
 
 
@@ -191,7 +197,7 @@ class _OpenSsf:
 
     def check(self, source: Path, target: Path) -> None:
         """Refuse half of a pair, and a bundle where it would be sealed or published."""
-        from cai.cli.model_keys import refuse_public_place
+        from cai.cli.key_files import refuse_public_place
 
         if (self.signature is None) != (self.public_key is None):
             raise UsageError("--openssf-signature needs --openssf-public-key, and that one it")
@@ -276,6 +282,6 @@ def _tell(terminal: Terminal, report: SealReport, target: Path, keys: ModelKeys)
     if report.resumed:
         lines.append(f"went on after an interrupted run: {report.resumed} objects were there")
     if report.carried:
-        lines.append(f"carried over  {report.carried} unchanged objects of the older revision")
+        lines.append(f"carried over  {report.carried} unchanged files of the older revision")
     keys.tell(facts, lines)
     terminal.result(facts, "\n".join(lines))

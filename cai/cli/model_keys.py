@@ -7,49 +7,30 @@ again only when no model is under it.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from cai.errors import CaiError, StorageError, UsageError
+from cai.cli.key_files import (
+    drop_staged,
+    key_in,
+    name_staged,
+    read_staged,
+    refuse_existing,
+    refuse_public_place,
+    remove_empty,
+    staged_path,
+    sync_folder,
+)
+from cai.cli.release import Sealed, is_record_of, signed_record, uploader
+from cai.errors import UsageError
 from cai.terminal import Terminal
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from cai.secret import Secret
-
-_KEY_ID = re.compile(r"kbs:///([\w-][\w.-]*)/([\w-][\w.-]*)/([\w-][\w.-]*)", re.ASCII)
-
-_CUT_OFF = re.compile(rb"[0-9a-f]{0,64}")
-
-
-class Sealed(Protocol):
-    """What a release record says of a model."""
-
-    @property
-    def model_id(self) -> str:
-        """Of the model line, hex."""
-
-    @property
-    def revision(self) -> int:
-        """From 1."""
-
-    @property
-    def root(self) -> str:
-        """Model root, hex."""
-
-    @property
-    def index_sha256(self) -> str:
-        """Hex."""
-
-    @property
-    def allow(self) -> tuple[str, ...]:
-        """Flags."""
 
 
 @dataclass
@@ -129,9 +110,9 @@ class ModelKeys:
         if gocryptfs:
             keys.password = _password(keys.kek, password_file)
         if record_out is not None and not keys._is_own_record(record_out):
-            _refuse_existing(record_out)
+            refuse_existing(record_out)
         if kbs and key_id and admin_key:
-            keys._prepare_upload(kbs, key_id, admin_key)
+            keys.upload = uploader(kbs, key_id, admin_key, keys.password)
         return keys
 
     def stage(self) -> None:
@@ -144,10 +125,10 @@ class ModelKeys:
 
         if self.key_out is None:
             return
-        staged = _staged(self.key_out)
+        staged = staged_path(self.key_out)
         if not staged.exists():
             write_key_file(staged, self.kek)
-            _sync(staged.parent)
+            sync_folder(staged.parent)
         self._created.append(staged)
 
     def place(self, sealed: Sealed, terminal: Terminal) -> None:
@@ -156,18 +137,18 @@ class ModelKeys:
         from cai.secret import Secret, write_secret_file
 
         if self._new_owner and self.owner:
-            _remove_empty(self._new_owner)
+            remove_empty(self._new_owner)
             write_secret_file(self._new_owner, private_pem(self.owner), what="owner key")
             self._created.append(self._new_owner)
             terminal.say(f"made the owner key {self._new_owner}: it signs releases, keep it safe")
         if self.key_out:
             if not (self._resumed and self.key_out.exists()):
-                _named(_staged(self.key_out), self.key_out, self.kek)
-                _sync(self.key_out.parent)
+                name_staged(staged_path(self.key_out), self.key_out, self.kek)
+                sync_folder(self.key_out.parent)
             self._created.append(self.key_out)
         if not self.owner or not (self.record_out or self.upload):
             return
-        record = self._record(sealed, self.owner)
+        record = signed_record(sealed, self.owner, None if self.password else self.kek)
         if self.record_out:
             if self._resumed and self._is_own_record(self.record_out):
                 self.record_out.unlink()
@@ -183,7 +164,7 @@ class ModelKeys:
     def finish(self) -> None:
         """Remove what only an interrupted run would have needed."""
         if self.key_out:
-            _staged(self.key_out).unlink(missing_ok=True)
+            staged_path(self.key_out).unlink(missing_ok=True)
 
     def undone_on_failure(self) -> _Undo:
         """Removes what was made when the work does not end well and no model is under the key."""
@@ -214,59 +195,11 @@ class ModelKeys:
             what = "release record" if self.password is None else "password and release record"
             lines.append(f"the KBS has the {what}; nobody gets it before a policy allows it")
 
-    def _record(self, sealed: Sealed, owner: Ed25519PrivateKey) -> bytes:
-        from cai.model import ReleaseRecord
-        from cai.model.record import public_key_hex
-        from cai.secret import Secret
-
-        return ReleaseRecord(
-            kek=self.kek if self.password is None else Secret(b""),
-            model_id=sealed.model_id, manifest_root=sealed.root,
-            min_revision=sealed.revision, index_sha256=sealed.index_sha256,
-            owner_key=public_key_hex(owner), allow=sealed.allow,
-        ).sign(owner)
-
     def _is_own_record(self, path: Path) -> bool:
-        """Whether an interrupted run wrote this record: ours, with the key that is gone on with."""
-        from cai.model import ReleaseRecord
-        from cai.model.record import public_key_hex
-        from cai.secret import read_secret_file
-
-        if not self._resumed or self.owner is None or path.is_symlink() or not path.exists():
+        """Whether an interrupted run wrote this record."""
+        if not self._resumed or self.owner is None:
             return False
-        try:
-            if not path.stat().st_size:
-                return True  # killed between making it and writing it
-            data = read_secret_file(path, what="release record").reveal()
-            record = ReleaseRecord.parse(
-                data, owner_key=public_key_hex(self.owner), with_kek=self.password is None
-            )
-        except CaiError:
-            return False
-        return self.password is not None or record.kek == self.kek
-
-    def _prepare_upload(self, kbs: str, key_id: str, admin_key: Path) -> None:
-        from cai.cli.kbs_upload import check_address, upload_resource
-        from cai.cli.owner_keys import read_private_key
-
-        match = _KEY_ID.fullmatch(key_id)
-        if not match:
-            raise UsageError(
-                f"--key-id {key_id!r} is not a resource name", hint="kbs:///REPO/TYPE/TAG"
-            )
-        check_address(kbs)
-        admin = read_private_key(admin_key, what="admin key")
-        resource = "/".join(match.groups())
-
-        def upload(record: bytes) -> None:
-            if self.password is None:
-                upload_resource(kbs, resource, record, admin)
-                return
-            # Stock hosts take the raw password (decisions §3.1); ours demand the record beside it.
-            upload_resource(kbs, f"{resource}.cai", record, admin)
-            upload_resource(kbs, resource, self.password.reveal(), admin)
-
-        self.upload = upload
+        return is_record_of(path, self.owner, None if self.password else self.kek)
 
 
 class _Undo:
@@ -279,15 +212,14 @@ class _Undo:
         return
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        from cai.model.layout import HEADER_FILE
+        from cai.model.gocryptfs.rotating import opens_with
         from cai.model.rekeying import opens
 
         keys = self._keys
         if kind is None:
             return
-        # A gocryptfs model that is there was made by this very run: an output must be new.
-        made = keys.password is not None and (keys.target / HEADER_FILE).exists()
-        if made or opens(keys.target, keys.kek):
+        opened = opens if keys.password is None else opens_with
+        if opened(keys.target, keys.password or keys.kek):
             drop_staged(keys.key_out)
             return
         for path in self._keys._created:
@@ -309,9 +241,9 @@ def _key(
         secret = _journal_secret(owner) if owner else None
         found = interrupted_kek(target, secret) if secret else None
         return ModelKeys(found or new_key(), target, journal=secret, _resumed=found is not None)
-    staged = _read_staged(key_out)
-    if staged is None or (key_out.exists() and _read_key(key_out) != staged):
-        _refuse_existing(key_out)
+    staged = read_staged(key_out)
+    if staged is None or (key_out.exists() and key_in(key_out) != staged):
+        refuse_existing(key_out)
     return ModelKeys(staged or new_key(), target, key_out, _resumed=staged is not None)
 
 
@@ -323,30 +255,6 @@ def _password(kek: Secret, password_file: Path | None) -> Secret:
     if password_file is not None:
         return read_password_file(password_file)
     return Secret(kek.reveal().hex().encode("ascii"))
-
-
-def _named(staged: Path, path: Path, key: Secret) -> None:
-    """Give a staged key its name, in one step where the file system can; never over a file."""
-    from cai.model import write_key_file
-
-    try:
-        os.link(staged, path, follow_symlinks=False)
-    except OSError:
-        write_key_file(path, key)
-
-
-def _remove_empty(path: Path) -> None:
-    """What a run left that was killed between making a file and writing it."""
-    if path.is_file() and not path.is_symlink() and not path.stat().st_size:
-        path.unlink()
-
-
-def _sync(directory: Path) -> None:
-    """Make a new name durable, where the file system can."""
-    from cai.model.stage import sync_directory
-
-    with suppress(OSError):
-        sync_directory(directory)
 
 
 def _owner(path: Path) -> tuple[Ed25519PrivateKey, Path | None]:
@@ -365,63 +273,3 @@ def _journal_secret(owner: Ed25519PrivateKey) -> Secret:
     from cai.secret import Secret
 
     return Secret(expand(extract(b"", owner.private_bytes_raw()), b"cai/1 owner journal"))
-
-
-def drop_staged(key_out: Path | None) -> None:
-    """Remove the second name of a key that a run left which was killed at its very end."""
-    if key_out is None or not os.path.lexists(_staged(key_out)):
-        return
-    key = _read_key(_staged(key_out))
-    if key is not None and _read_key(key_out) == key:
-        _staged(key_out).unlink()
-
-
-def _staged(key_out: Path) -> Path:
-    return key_out.with_name(f"{key_out.name}.partial")
-
-
-def _read_staged(key_out: Path) -> Secret | None:
-    """The key that an interrupted run made; one that was cut off while it was written is removed.
-
-    Nothing can be sealed under a key that was not whole on the disk.
-    """
-    staged = _staged(key_out)
-    if not os.path.lexists(staged):
-        return None
-    key = _read_key(staged)
-    if key is None:
-        if not staged.is_file() or not _CUT_OFF.fullmatch(staged.read_bytes()[:70]):
-            _refuse_existing(staged)
-        staged.unlink()
-    return key
-
-
-def _read_key(path: Path) -> Secret | None:
-    from cai.model import read_key_file
-
-    try:
-        return read_key_file(path)
-    except CaiError:
-        return None
-
-
-def refuse_public_place(path: Path, source: Path, target: Path) -> None:
-    """Refuse to put a secret into what is sealed or published.
-
-    Raises:
-        UsageError: it would be there.
-    """
-    place = path.parent.resolve() / path.name
-    for directory in (source.resolve(), target.parent.resolve() / target.name):
-        if place == directory or directory in place.parents:
-            raise UsageError(
-                f"{path} is inside {directory}, which is sealed or published",
-                hint="choose a place outside of it",
-            )
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.is_symlink() or os.path.lexists(path):
-        raise StorageError(
-            f"{path} exists already", hint="choose another name; keys are never overwritten"
-        )

@@ -22,6 +22,10 @@ def reseal(
         Path | None, typer.Option(help="Write a new key to this file (default: the key stays).")
     ] = None,
     new_key_file: Annotated[Path | None, typer.Option(help="Use the key in this file.")] = None,
+    new_password_file: Annotated[
+        Path | None,
+        typer.Option(help="Use the password in this file's first line (gocryptfs only)."),
+    ] = None,
     kbs: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Give a new key to the KBS with this admin address."),
@@ -46,30 +50,49 @@ def reseal(
     """Seal a sealed model anew as its next revision: every key in it is another, every byte too.
 
     Plaintext goes through memory only. The old model stays where it is; publish the new one, then
-    withdraw the old. A run that was killed is gone on with by the same command.
+    withdraw the old. A run that was killed is gone on with by the same command (of a gocryptfs
+    model, begun anew).
     """
-    from cai.model import SealOptions, open_model
+    from cai.model import SealOptions, open_model, read_header
     from cai.model import reseal as reseal_model
+    from cai.model.gocryptfs.config import KEY_LOG2_N, PASSWORD_LOG2_N
+    from cai.model.gocryptfs.model import CipherModel
+    from cai.model.gocryptfs.sealing import reseal_gocryptfs
+    from cai.model.layout import GOCRYPTFS
     from cai.model.opening import read_key
 
     terminal = current()
     old = read_key(sealed, key_file)
-    if not (new_key_out or new_key_file or kbs):
-        new_key_file = key_file
+    gocryptfs = read_header(sealed).method == GOCRYPTFS
+    if gocryptfs and pad:
+        raise UsageError("--pad is for --method cai")
+    if not (new_key_out or new_key_file or new_password_file or kbs):
+        if gocryptfs:
+            new_password_file = key_file
+        else:
+            new_key_file = key_file
     if sealed.resolve() in (out.parent.resolve() / out.name, *(out.parent.resolve()).parents):
         raise UsageError(f"the output {out} is inside the sealed model {sealed}")
     with open_model(sealed, old) as model:
         keys = ModelKeys.chosen(
             sealed.absolute(), out, key_out=new_key_out, key_file=new_key_file, kbs=kbs,
             key_id=key_id, admin_key=admin_key, owner_key=owner_key, record_out=record_out,
+            gocryptfs=gocryptfs, password_file=new_password_file,
         )
         with keys.undone_on_failure():
             keys.stage()
-            report = reseal_model(
-                model, out, keys.kek, options=SealOptions(pad=pad), progress=terminal.progress,
-                before_commit=lambda made: keys.place(made, terminal), journal=keys.journal,
-                sign=keys.sign(),
-            )
+            if isinstance(model, CipherModel) and keys.password is not None:
+                report = reseal_gocryptfs(
+                    model, out, keys.password, progress=terminal.progress,
+                    before_commit=lambda made: keys.place(made, terminal), sign=keys.sign(),
+                    log2_n=PASSWORD_LOG2_N if new_password_file else KEY_LOG2_N,
+                )
+            else:
+                report = reseal_model(
+                    model, out, keys.kek, options=SealOptions(pad=pad), progress=terminal.progress,
+                    before_commit=lambda made: keys.place(made, terminal), journal=keys.journal,
+                    sign=keys.sign(),
+                )
             keys.finish()
         signed = "manifest.sig" in model.files.listing()
     facts: dict[str, Any] = report.to_json() | {"out": str(out)}

@@ -167,6 +167,14 @@ class PieceHasher:
         self._whole = True
 
 
+def listed(data: bytes) -> StoredFile:
+    """The line of a small stored file."""
+    pieces = PieceHasher()
+    pieces.update(data)
+    digests = pieces.finish()
+    return StoredFile(len(data), tuple(digests[number] for number in sorted(digests)))
+
+
 def hash_pieces(fd: int, first: int, end: int) -> dict[int, str]:
     """Digests of the pieces ``first`` to ``end - 1`` of an open file, by reading them.
 

@@ -43,7 +43,9 @@ class Lanes:
     """
 
     def __init__(self, workers: int = 0) -> None:
-        count = workers or min(MAX_WORKERS, max(2, os.cpu_count() or 2))
+        # One core is left to the hashing behind them; more threads than the other cores only wait
+        # for each other's writes to one file.
+        count = workers or min(MAX_WORKERS, max(1, (os.cpu_count() or 2) - 1))
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="cai-model")
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="cai-model-aside")
         self._slots = [Slot() for _ in range(count + 2)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import hmac
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,22 +85,22 @@ def rotate(
     if kek == new_kek:
         raise UsageError("the new key is the old key")
     place = directory.resolve()
-    with _only_one(place):
+    with only_one(place):
         header = read_header(place)
         if header.method == GOCRYPTFS:
             raise UsageError(
-                "a gocryptfs model is opened by its password, not by a key that could be rotated",
-                hint="decrypt it and seal it again under another password",
+                "a gocryptfs model is opened by its password, not by a key",
+                hint="rotate its password",
             )
-        _clear(place)
+        clear(place)
         already = is_under(header, new_kek)
         with open_model(place, new_kek if already else kek) as model:
-            report = _report(model, new_kek, already=already)
+            told = report(model, new_kek, already=already)
         if before_commit is not None:
-            before_commit(report)
+            before_commit(told)
         if not already:
-            _replace_header(place, _rewrapped(header, kek, new_kek))
-    return report
+            replace_files(place, {HEADER_FILE: _rewrapped(header, kek, new_kek).encode()})
+    return told
 
 
 def is_under(header: Header, kek: Secret) -> bool:
@@ -125,22 +125,31 @@ def _rewrapped(header: Header, kek: Secret, new_kek: Secret) -> Header:
     return replace(unsigned, mac=keys.mac(unsigned))
 
 
-def _replace_header(directory: Path, header: Header) -> None:
-    """Write beside the model, then rename into it: it holds nothing else at any moment."""
+def replace_files(directory: Path, files: Mapping[str, bytes], *, mode: int = 0o644) -> None:
+    """Replace stored files in their order, each in one step.
+
+    They are written beside the model, then renamed into it: it holds nothing else at any moment.
+
+    Raises:
+        StorageError, NoSpace: one cannot be written.
+    """
     try:
         path, handle = locked_directory(directory)
         try:
-            write_file(path / HEADER_FILE, header.encode())
-            (path / HEADER_FILE).replace(directory / HEADER_FILE)
-            sync_directory(directory)
+            for stored, data in files.items():
+                new = path / Path(stored).name
+                write_file(new, data)
+                new.chmod(mode)
+                new.replace(directory / stored)
+                sync_directory((directory / stored).parent)
         finally:
             remove_tree(path)
             os.close(handle)
     except OSError as error:
-        raise output_error(error, f"write {HEADER_FILE}") from error
+        raise output_error(error, f"write {', '.join(files)}") from error
 
 
-def _clear(directory: Path) -> None:
+def clear(directory: Path) -> None:
     """Remove what a killed rotation left beside the model."""
     for path, handle in leftovers(directory):
         remove_tree(path)
@@ -148,7 +157,7 @@ def _clear(directory: Path) -> None:
 
 
 @contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
+def only_one(directory: Path) -> Iterator[None]:
     """Hold the model's directory locked against another rotation."""
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -169,7 +178,8 @@ def _only_one(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _report(model: SealedModel, kek: Secret, *, already: bool) -> RotateReport:
+def report(model: SealedModel, kek: Secret, *, already: bool) -> RotateReport:
+    """What is to be told of a model that is, or will be, under a KEK."""
     return RotateReport(
         model.model_id, model.revision, model.root, model.content_root,
         model.header.index_sha256, model.allow, kek_commitment(kek, model.model_id), already,

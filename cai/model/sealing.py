@@ -126,7 +126,7 @@ def reseal(
     if model.header.method != METHOD:
         raise UsageError(
             f"a model of method {model.header.method} is not resealed",
-            hint="decrypt it and seal it again",
+            hint="'cai reseal' does it with its own writer",
         )
     manifest, directory = model.manifest, model.files.directory
     place = out.parent.resolve() / out.name

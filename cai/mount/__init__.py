@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cai.errors import StorageError, UsageError
 from cai.model.tree import ModelTree
-from cai.mount import device, memory, place, system
+from cai.mount import device, memory, place, system, wipe
 from cai.mount.fuse import MAX_WORKERS, WORKERS, Through, mount_fuse
 from cai.mount.handle import Kind, Mount
 from cai.mount.index import Owner, TreeIndex
@@ -151,8 +151,11 @@ def unmount(mount_point: Path, *, force: bool = False) -> Kind:
         StorageError: it is in use, or not permitted.
     """
     found = place.find_ours(mount_point)
+    if found.kind != device.FUSE_KIND:
+        wipe.take_away(found.mount_point, lazily=force)
+        return Kind.TMPFS
     device.detach(found.mount_point, lazily=force, force=force)
-    return Kind.FUSE if found.kind == device.FUSE_KIND else Kind.TMPFS
+    return Kind.FUSE
 
 
 def _owner(uid: int | None, *, private: bool) -> Owner:

@@ -76,6 +76,11 @@ def area(size: int, inodes: int) -> system.DetachedMount:
     return made
 
 
+def has_large_pages(made: system.DetachedMount) -> bool:
+    """Whether the kernel took the wish for large pages."""
+    return "huge" not in made.refused
+
+
 def available() -> int | None:
     """Bytes that this process may still take: the machine's, or its control group's if less."""
     bounds = []

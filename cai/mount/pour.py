@@ -1,4 +1,4 @@
-"""Decrypts whole files into memory, with all cores, each piece verified before it is written.
+"""Decrypts whole files into memory, with all cores, each piece verified or not left there.
 
 Threads do it where chunks are large; the interpreter lock is then free while one is decrypted. Many
 small chunks, as those of gocryptfs, keep threads waiting for that lock, so they get processes.
@@ -6,25 +6,20 @@ small chunks, as those of gocryptfs, keep threads waiting for that lock, so they
 
 from __future__ import annotations
 
-import errno
 import json
-import mmap
 import os
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from cai import errors
-from cai.errors import CaiError, NoSpace, StorageError, Tampered, from_os_error
+from cai.errors import CaiError, StorageError, Tampered, from_os_error
 from cai.model.tree import Entry, FileReader, ModelTree
 from cai.mount import memory
-
-PIECE = 2 * 1024 * 1024
-"""Bytes that one thread decrypts and writes at a time: one large page, which the kernel then need
-not clear first, and little enough to stay in the processor's cache."""
+from cai.mount.target import PIECE, target
 
 MAX_THREADS = 8
 """Most threads or processes that decrypt."""
@@ -47,12 +42,15 @@ class Pourer:
     Args:
         tree: the opened model.
         progress: called with each number of bytes done.
+        large_pages: the memory that is filled has large pages.
     """
 
-    def __init__(self, tree: ModelTree, progress: Progress | None = None) -> None:
+    def __init__(
+        self, tree: ModelTree, progress: Progress | None = None, *, large_pages: bool = False
+    ) -> None:
         self._tree = tree
         self._progress = progress or (lambda _amount: None)
-        self._local = threading.local()
+        self._large_pages = large_pages
         self._pool = ThreadPoolExecutor(
             min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="cai-pour"
         )
@@ -62,7 +60,7 @@ class Pourer:
 
         Args:
             entry: the file.
-            out: descriptor of an empty file in memory.
+            out: descriptor of an empty file in memory, for reading and writing.
 
         Raises:
             Tampered: some byte does not authenticate; ``out`` must be thrown away.
@@ -73,15 +71,17 @@ class Pourer:
         os.ftruncate(out, entry.size)
         # An empty file is opened too: its object must be there and be the sealed one.
         reader = self._tree.open(entry.path)
+        into = target(out, entry.size, large_pages=self._large_pages)
         try:
             # Where memory is short, the ciphertext must not stay beside the plaintext.
             forget = getattr(reader, "forget", None) if memory.is_tight(entry.size) else None
 
             def work(offset: int) -> int:
-                done = self._write(entry, reader, out, offset)
+                length = min(PIECE, entry.size - offset)
+                into.put(offset, length, partial(_read, entry, reader, offset))
                 if forget is not None:
                     forget(offset, PIECE)
-                return done
+                return length
 
             offsets = range(0, entry.size, PIECE)
             if reader.chunk_size < LARGE_CHUNK and entry.size >= WORTH_PROCESSES:
@@ -90,6 +90,7 @@ class Pourer:
                 for done in self._pool.map(work, offsets):
                     self._progress(done)
         finally:
+            into.close()
             reader.close()
 
     def close(self) -> None:
@@ -106,21 +107,6 @@ class Pourer:
         _trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _write(self, entry: Entry, reader: FileReader, out: int, offset: int) -> int:
-        piece = self._buffer()[: min(PIECE, entry.size - offset)]
-        filled = reader.readinto(offset, piece)
-        if filled != len(piece):
-            raise Tampered(f"{entry.path} is shorter than it was sealed")
-        _write_all(out, piece, offset)
-        return len(piece)
-
-    def _buffer(self) -> memoryview:
-        """Reused memory of the calling thread."""
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(mmap.mmap(-1, PIECE))
-        buffer: memoryview = self._local.buffer
-        return buffer
 
 
 def in_processes(
@@ -187,12 +173,6 @@ def _told(line: bytes) -> CaiError:
     return kind(told["message"], hint=told["hint"] or None)
 
 
-def _write_all(out: int, piece: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(piece):
-        try:
-            done += os.pwrite(out, piece[done:], offset + done)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise NoSpace("memory is full", hint="use --kind fuse") from error
-            raise
+def _read(entry: Entry, reader: FileReader, offset: int, piece: memoryview) -> None:
+    if reader.readinto(offset, piece) != len(piece):
+        raise Tampered(f"{entry.path} is shorter than it was sealed")

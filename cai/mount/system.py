@@ -27,6 +27,7 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
+_OPEN_TREE_CLONE = 1
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
@@ -34,6 +35,7 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_NOSUID = 2
 _MOUNT_ATTR_NODEV = 4
+_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429  # these numbers are the same on every architecture
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -41,6 +43,7 @@ _SYS_FSMOUNT = 432
 _SYS_MOUNT_SETATTR = 442
 _PR_SET_DUMPABLE = 4
 _CAP_SYS_ADMIN = 1 << 21
+_MADV_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -114,6 +117,23 @@ def forbid_core_dumps() -> None:
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def populate(address: int, length: int) -> None:
+    """Take the pages of a writable mapping now, and learn of it where there are none (Linux 5.14).
+
+    Args:
+        address: of the first byte, on a page boundary.
+        length: bytes.
+
+    Raises:
+        OSError: there is no room for them, or the kernel is older.
+    """
+    start, size = ctypes.c_void_p(address), ctypes.c_size_t(length)
+    while _libc.madvise(start, size, _MADV_POPULATE_WRITE) < 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
 def mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:
     """``mount(2)``.
 
@@ -184,12 +204,8 @@ class DetachedMount:
         Raises:
             StorageError: the kernel refused.
         """
-        attributes = _MountAttr(attr_set=_MOUNT_ATTR_RDONLY)
         try:
-            _syscall(
-                _SYS_MOUNT_SETATTR, self.descriptor, b"", _AT_EMPTY_PATH,
-                ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)),
-            )  # fmt: skip
+            _set_attributes(self.descriptor, _MountAttr(attr_set=_MOUNT_ATTR_RDONLY))
         except OSError as error:
             raise _refused(error, "make the mount read-only") from error
 
@@ -212,6 +228,31 @@ class DetachedMount:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def writable_clone(mount_point: Path) -> int:
+    """The root of a mounted file system through a mount of its own, which may be written to.
+
+    No path leads to it. It keeps the file system, and does not keep it from being unmounted.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    descriptor = _syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(mount_point), flags)
+    try:
+        _set_attributes(descriptor, _MountAttr(attr_clr=_MOUNT_ATTR_RDONLY))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _set_attributes(descriptor: int, attributes: _MountAttr) -> None:
+    _syscall(
+        _SYS_MOUNT_SETATTR, descriptor, b"", _AT_EMPTY_PATH,
+        ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)),
+    )  # fmt: skip
 
 
 def _configure(context: int, name: str, value: str | None) -> None:

@@ -2,8 +2,9 @@
 
 The tmpfs is made detached (see ``system.DetachedMount``), filled, made read-only and only then put
 on the mount point. Whatever fails or is interrupted before leaves nothing behind, since a detached
-file system goes with its descriptor. No byte touches a disk: the tmpfs is mounted ``noswap``, and
-where the kernel cannot promise that, a machine with swap is refused.
+file system goes with its descriptor. What goes is overwritten first (``wipe``). No byte touches a
+disk: the tmpfs is mounted ``noswap``, and where the kernel cannot promise that, a machine with swap
+is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from cai.errors import StorageError, from_os_error
 from cai.model.tree import Entry, EntryType, ModelTree
-from cai.mount import device, memory, system
+from cai.mount import memory, system, wipe
 from cai.mount.handle import Kind, Mount
 from cai.mount.index import Owner, TreeIndex, read_only_mode
 from cai.mount.pour import Pourer, Progress
@@ -51,20 +52,23 @@ def mount_tmpfs(
     root_mode = index.nodes[0].attributes.mode & 0o777
     area = memory.area(needed, len(index.nodes) + 1)
     try:
-        with Pourer(tree, progress) as pourer:
+        with Pourer(tree, progress, large_pages=memory.has_large_pages(area)) as pourer:
             _fill(tree, area.descriptor, owner, pourer)
         _own(area.descriptor, ".", root_mode, owner)
         area.make_read_only()
         area.attach(mount_point)
-    except OSError as error:
-        raise from_os_error(error, "materialise the model") from error
+    except BaseException as error:
+        wipe.overwrite(area.descriptor)
+        if isinstance(error, OSError):
+            raise from_os_error(error, "materialise the model") from error
+        raise
     finally:
         area.close()
     return TmpfsMount(mount_point, reason=reason)
 
 
 class TmpfsMount(Mount):
-    """A materialised tree. It stays when this process ends; its memory is freed by ``unmount``."""
+    """A materialised tree. It stays when this process ends; ``unmount`` overwrites its memory."""
 
     kind = Kind.TMPFS
 
@@ -78,9 +82,9 @@ class TmpfsMount(Mount):
         if not self._is_there():
             return
         try:
-            device.detach(self.mount_point)
+            wipe.take_away(self.mount_point)
         except StorageError:
-            device.detach(self.mount_point, lazily=True)
+            wipe.take_away(self.mount_point, lazily=True)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is gone, whoever took it away."""
@@ -117,7 +121,7 @@ def _fill(tree: ModelTree, root: int, owner: Owner, pourer: Pourer) -> None:
 
 
 def _write_file(entry: Entry, root: int, owner: Owner, pourer: Pourer) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     out = os.open(entry.path, flags, 0o600, dir_fd=root)
     try:
         pourer.pour(entry, out)

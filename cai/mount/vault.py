@@ -110,7 +110,7 @@ class Vault:
         self._tree = tree
         self._device = device
         self._area = area
-        self._pourer = Pourer(tree)
+        self._pourer = Pourer(tree, large_pages=memory.has_large_pages(area))
         self._files: dict[int, _File] = {}
         self._handles: dict[int, tuple[int, bool]] = {}
         self._lock = threading.Lock()

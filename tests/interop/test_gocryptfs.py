@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 from cai.model import check, open_model, unseal
 from cai.model.gocryptfs.checking import check_stock
-from cai.model.gocryptfs.sealing import seal_gocryptfs
+from cai.model.gocryptfs.model import CipherModel
+from cai.model.gocryptfs.rotating import rotate_password
+from cai.model.gocryptfs.sealing import reseal_gocryptfs, seal_gocryptfs
 from cai.model.gocryptfs.stock import open_stock
 from cai.model.gocryptfs.unsealing import unseal_gocryptfs
 from cai.model.progress import silent
@@ -127,6 +129,42 @@ def test_stock_mounts_and_checks_what_we_wrote(
         with mounted(gocryptfs, passfile, out / "data", "-ro") as point:
             assert_same(tmp_path / "tree", point)
         check(out, PASSWORD)
+
+
+@needs_fuse
+def test_stock_mounts_rotated_and_resealed_models_and_later_revisions(
+    gocryptfs: str, passfile: str, tmp_path: Path
+) -> None:
+    first, tree = Secret(b"the first password"), tmp_path / "tree"
+    tree.mkdir()
+    write_tree(tree)
+    seal_gocryptfs(tree, tmp_path / "rotated", first, log2_n=10)
+    with open_model(tmp_path / "rotated", first) as model:
+        assert isinstance(model, CipherModel)
+        reseal_gocryptfs(model, tmp_path / "resealed", PASSWORD, log2_n=10)
+        (tree / "config.json").write_text("{}")
+        seal_gocryptfs(tree, tmp_path / "later", PASSWORD, against=model, log2_n=10)
+    rotate_password(tmp_path / "rotated", first, PASSWORD, log2_n=10)
+    for name in ("rotated", "resealed", "later"):
+        fsck(gocryptfs, passfile, tmp_path / name / "data")
+        check(tmp_path / name, PASSWORD)
+    with mounted(gocryptfs, passfile, tmp_path / "later" / "data", "-ro") as point:
+        assert_same(tree, point)
+
+
+@needs_fuse
+def test_a_password_that_stock_changed_is_taken_over(gocryptfs: str, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    write_tree(tmp_path / "tree")
+    report = seal_gocryptfs(tmp_path / "tree", tmp_path / "out", PASSWORD, log2_n=10)
+    changed = subprocess.run(
+        [gocryptfs, "-q", "-passwd", str(tmp_path / "out" / "data")], text=True,
+        input="interop\nchanged\nchanged\n", capture_output=True,
+    )
+    assert changed.returncode == 0, changed.stderr
+    new = Secret(b"changed")
+    assert rotate_password(tmp_path / "out", PASSWORD, new, log2_n=10).already
+    assert check(tmp_path / "out", new).root == report.root
 
 
 @needs_fuse

@@ -179,6 +179,8 @@ def backings(monkeypatch: pytest.MonkeyPatch) -> dict[int, bytes]:
 class Folder:
     """A directory on disk in place of the memory."""
 
+    refused = ("huge",)
+
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import signal
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cai.errors import InputMissing, NoSpace, StorageError, Tampered
-from cai.mount import memory, pour
-from cai.mount.pour import PIECE, Pourer
+from cai.mount import memory, pour, system, target
+from cai.mount.pour import Pourer
+from cai.mount.target import PIECE
 from tests.mount.fake_tree import FakeReader, FakeTree
 
 BIG = os.urandom(5 * PIECE + 4097)
@@ -24,9 +27,21 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def poured(tree: FakeTree, tmp_path: Path, path: str = "big") -> tuple[bytes, int]:
+@pytest.fixture(params=["written", "mapped"])
+def large_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "mapped":
+        monkeypatch.setattr(target.Written, "put", None)
+    return bool(request.param == "mapped")
+
+
+def poured(
+    tree: FakeTree, tmp_path: Path, path: str = "big", *, large_pages: bool = False
+) -> tuple[bytes, int]:
     done: list[int] = []
-    with Pourer(tree, done.append) as pourer, (tmp_path / "out").open("w+b") as out:
+    with (
+        Pourer(tree, done.append, large_pages=large_pages) as pourer,
+        (tmp_path / "out").open("w+b") as out,
+    ):
         pourer.pour(tree.entries[path], out.fileno())
         return out.read(), sum(done)
 
@@ -39,12 +54,31 @@ def test_the_whole_file(how: str, tmp_path: Path, size: int) -> None:
     assert not has_children()
 
 
+@pytest.mark.parametrize("size", [PIECE, PIECE + 1, len(BIG)])
+def test_the_whole_file_on_large_pages(
+    how: str, tmp_path: Path, size: int, large_pages: bool
+) -> None:
+    tree = FakeTree({"big": BIG[:size]})
+    assert poured(tree, tmp_path, large_pages=large_pages) == (BIG[:size], size)
+    assert tree.readers[0].closed
+
+
+def test_an_old_kernel_cannot_take_pages_in_advance(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_address: int, _length: int) -> None:
+        raise OSError(errno.EINVAL, "invalid argument")
+
+    monkeypatch.setattr(system, "populate", refuse)
+    assert poured(FakeTree({"big": BIG}), tmp_path, large_pages=True) == (BIG, len(BIG))
+
+
 @pytest.mark.parametrize("chunk", [0, 40, len(BIG) // 65536])
-def test_a_bad_chunk(how: str, tmp_path: Path, chunk: int) -> None:
+def test_a_bad_chunk(how: str, tmp_path: Path, chunk: int, large_pages: bool) -> None:
     tree = FakeTree({"big": BIG})
     tree.bad.add(("big", chunk))
     with pytest.raises(Tampered, match="changed"):
-        poured(tree, tmp_path)
+        poured(tree, tmp_path, large_pages=large_pages)
     assert tree.readers[0].closed
     assert not has_children()
 
@@ -60,14 +94,19 @@ def test_a_short_file_and_a_missing_one(how: str, tmp_path: Path) -> None:
 
 
 def test_full_memory_keeps_its_kind(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_pages: bool
 ) -> None:
-    def full(_out: int, _piece: memoryview, _offset: int) -> None:
-        raise NoSpace("memory is full", hint="use --kind fuse")
+    def full(*_anything: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(pour, "_write_all", full)
+    def full_later(_address: int, length: int) -> None:
+        if length > mmap.PAGESIZE:
+            raise OSError(errno.EFAULT, "bad address")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(system, "populate", full_later)
     with pytest.raises(NoSpace) as caught:
-        poured(FakeTree({"big": BIG}), tmp_path)
+        poured(FakeTree({"big": BIG}), tmp_path, large_pages=large_pages)
     assert caught.value.hint == "use --kind fuse"
 
 

@@ -24,11 +24,13 @@ class CipherKeys:
         content: key of file contents and of targets, 32 bytes.
         name: key of names, 32 bytes.
         kek: wraps the DEK of the manifest.
+        master: what they are derived from.
     """
 
     content: bytes = field(repr=False)
     name: bytes = field(repr=False)
     kek: Secret = field(repr=False)
+    master: Secret = field(repr=False)
 
     @classmethod
     def of(cls, master_key: bytes) -> CipherKeys:
@@ -43,6 +45,7 @@ class CipherKeys:
             hkdf(master_key, CONTENT_LABEL),
             hkdf(master_key, NAME_LABEL),
             Secret(hkdf(master_key, KEK_LABEL)),
+            Secret(master_key),
         )
 
 

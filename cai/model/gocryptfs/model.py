@@ -73,6 +73,7 @@ class CipherModel(SealedModel):
 
     Attributes:
         tree: what the manifest knows of the cipher directory.
+        keys: of the cipher directory.
         stored: stored paths of the entries.
         names: encrypts names and targets.
     """
@@ -86,6 +87,7 @@ class CipherModel(SealedModel):
         super().__init__(files, header, manifest, root)
         assert manifest.cipher is not None  # noqa: S101 - open_model has compared the methods
         self.tree = manifest.cipher
+        self.keys = keys
         self.names = NameCipher(keys)
         self.stored = StoredTree(self.names, self.tree.ivs)
         self._cipher = BlockCipher(keys)

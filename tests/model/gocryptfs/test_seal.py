@@ -32,7 +32,7 @@ from cai.model import (
     content_root_of_tree,
     open_model,
 )
-from cai.model.gocryptfs import blocks, sealing
+from cai.model.gocryptfs import blocks
 from cai.model.gocryptfs.blocks import BlockCipher, encode_header, tag_digest
 from cai.model.gocryptfs.entries import CipherTree, FileTags
 from cai.model.gocryptfs.keys import CipherKeys, read_password_file
@@ -167,13 +167,13 @@ def test_what_cannot_be_sealed(tree: Path, tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = sealing.BlockCipher.encrypt
+    original = blocks.BlockCipher.encrypt
 
     def encrypt(self: BlockCipher, *arguments: Any) -> memoryview:
         (tree / "w").write_bytes(os.urandom(10_000))
         return original(self, *arguments)
 
-    monkeypatch.setattr(sealing.BlockCipher, "encrypt", encrypt)
+    monkeypatch.setattr(blocks.BlockCipher, "encrypt", encrypt)
     with pytest.raises(InputError, match="changed"):
         seal_gocryptfs(tree, tmp_path / "out", PASSWORD, log2_n=10)
     assert_nothing_left(tmp_path)

@@ -1,7 +1,7 @@
 """One measured job over a sealed model, a process of its own.
 
-    python -m bench.materialise SEALED KEY never|within_size     decrypt it all into a tmpfs
-    python -m bench.materialise SEALED KEY first-bytes           open, list, first byte of each file
+    python -m bench.formats.one_job SEALED KEY never|within_size   decrypt it all into a tmpfs
+    python -m bench.formats.one_job SEALED KEY first-bytes   open, list, first byte of each
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pour(tree: ModelTree, huge: str) -> None:
     area = system.DetachedMount(
         "tmpfs", "bench", {"size": str(room), "mode": "0700"}, {"noswap": None, "huge": huge}
     )
-    with Pourer(tree) as pourer:
+    with Pourer(tree, large_pages=huge != "never") as pourer:
         for number, entry in enumerate(files):
             out = os.open(str(number), os.O_RDWR | os.O_CREAT, dir_fd=area.descriptor)
             pourer.pour(entry, out)
