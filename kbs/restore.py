@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select
 
 from cai.attest.checkpoint import ORIGIN_PREFIX, Checkpoint, read_checkpoint
 from cai.errors import Tampered
 from cai.merkle import leaf_hash
 from kbs.audit import tree
-from kbs.audit.log import AuditLog, Entry, read_head
-from kbs.audit.replay import ORIGIN_ACTION
+from kbs.audit.leaf import ORIGIN_ACTION, Entry
+from kbs.audit.log import AuditLog, read_head
 from kbs.database.backup import BATCH, Manifest, load
 from kbs.database.opening import open_database
 from kbs.database.settings import DatabaseSettings
-from kbs.database.tables import AUDIT, AUDIT_HEAD
+from kbs.database.tables import AUDIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ def _start_origin(
             "created": manifest.created,
         },
     )
+    # The log takes its new origin from this leaf (spec-audit §5.3).
     AuditLog(manifest.instance, manifest.realm).append(connection, entry, now)
-    connection.execute(update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(origin=origin))
 
 
 def _require_log(

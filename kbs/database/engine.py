@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 
+from cai.errors import SettingError
 from cai.secret import Secret
 from kbs.database.tables import AUDIT_HEAD
 from kbs.database.trouble import is_passing, translated
@@ -68,6 +69,7 @@ class Database:
             StorageError: it cannot be opened.
             Unavailable: nobody answers there.
             FormatError: it is not a database.
+            SettingError: the driver is not installed.
         """
         address = make_url(url)
         options: dict[str, Any] = {"hide_parameters": True, "pool_size": pool, "max_overflow": 0,
@@ -77,10 +79,16 @@ class Database:
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
         else:
-            engine = create_engine(
-                address, connect_args=_postgresql_arguments(address, password),
-                pool_pre_ping=True, pool_recycle=3600, **options,
-            )  # fmt: skip
+            try:
+                engine = create_engine(
+                    address, connect_args=_postgresql_arguments(address, password),
+                    pool_pre_ping=True, pool_recycle=3600, **options,
+                )  # fmt: skip
+            except ImportError as error:
+                raise SettingError(
+                    "the driver of PostgreSQL is not installed",
+                    hint="pip install 'cai-confidential[postgres]'",
+                ) from error
         database = cls(engine)
         try:
             with translated(f"open database {database.where}"):

@@ -78,7 +78,8 @@ def new_app(broker: KeyBroker, *, unauthenticated: str = "") -> FastAPI:
         broker: named in ``/healthz``.
         unauthenticated: ``AdminAuthAccess`` on the surface of administrators.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # A redirect would lose the path prefix and a stock client's body.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for kind, handler in error_handlers(admin=unauthenticated == "AdminAuthAccess").items():
         app.add_exception_handler(kind, handler)
     app.add_route("/healthz", health_route(broker), ["GET"])

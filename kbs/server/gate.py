@@ -18,6 +18,7 @@ from cai.errors import CaiError, InputMissing, LimitExceeded, Refused, TooBusy
 from kbs.server.answers import error_answer, internal_error
 from kbs.server.settings import Compat, HttpSettings, LimitSettings, Network
 from kbs.server.sources import (
+    LOCAL,
     Address,
     Crowd,
     RateLimit,
@@ -127,9 +128,8 @@ class Gate:
         door = self._door
         if door.allow and address is not None and not within(address, door.allow):
             raise Refused("this address is not allowed here", code="address")
-        source = source_of(address)
-        local = address is None or address.is_loopback
-        if self._rate is not None and not local and not self._rate.admit(source, time.monotonic()):
+        source, rate = source_of(address), self._rate
+        if rate is not None and source != LOCAL and not rate.admit(source, time.monotonic()):
             raise TooBusy("too many requests from this address", code="rate")
         self._require_small(scope)
         if not self._crowd.enter(source):

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from cai.errors import FormatError, Unauthenticated
+from cai.errors import InputError, Unauthenticated
 from kbs.appraisal.service import AttestationService
 from kbs.protocol.sessions import LIFETIME
 from kbs.release.broker import KeyBroker
@@ -51,7 +51,7 @@ class GuestRoutes:
         body = await read_body(request)
         try:
             challenge, cookie = await self._crew.quick(self._broker.auth, body)
-        except FormatError:
+        except InputError:
             await self._crew.quick(self._broker.count_failure, "auth")
             raise
         return _with_cookie(request, json_answer(challenge), cookie)
@@ -108,7 +108,7 @@ def public_app(
         appraisal: the attestation service; ``None`` when there is none.
     """
     guest = GuestRoutes(broker, crew)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/kbs/v0/auth", guest.auth, methods=["POST"]),
             Route("/kbs/v0/attest", guest.attest, methods=["POST"]),
@@ -121,6 +121,9 @@ def public_app(
         ],
         exception_handlers=error_handlers(admin=False),
     )
+    # A redirect would lose the path prefix.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _bearer(request: Request) -> str | None:

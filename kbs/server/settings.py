@@ -86,7 +86,7 @@ class LimitSettings:
         rate: requests a second from one address, on average; 0 does not limit. Loopback is never
             limited: it is the front proxy's, or our own.
         burst: how many requests beyond the rate one address may send at once.
-        verifiers: verifications of evidence that run at once.
+        verifiers: verifications of evidence that run at once; some wait for the database.
         waiting: verifications that wait for a verifier; further ones get 503.
     """
 
@@ -96,7 +96,7 @@ class LimitSettings:
     requests_per_source: int = 128
     rate: int = 100
     burst: int = 200
-    verifiers: int = field(default_factory=lambda: max(2, os.cpu_count() or 2))
+    verifiers: int = field(default_factory=lambda: (os.cpu_count() or 1) + 2)
     waiting: int = 256
 
     @classmethod

@@ -22,7 +22,7 @@ IPV6_SITE = 64
 """Bits of an IPv6 address that are one source; one customer has all the rest, bits."""
 
 LOCAL = "local"
-"""The source of what arrives over a Unix socket."""
+"""The source of what arrives over a Unix socket or loopback: a front proxy's, or our own."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -71,7 +71,7 @@ def client_address(
 
 def source_of(address: Address | None) -> str:
     """What is counted as one source."""
-    if address is None:
+    if address is None or address.is_loopback:
         return LOCAL
     if address.version == 6:
         return str(ipaddress.ip_network((address, IPV6_SITE), strict=False))
@@ -128,7 +128,7 @@ class Crowd:
         """Count one request in; false when there are as many as may be."""
         with self._lock:
             running = self._of.get(source, 0)
-            # What arrives over a Unix socket comes from a front proxy or from this machine.
+            # A front proxy speaks for many.
             if self._all >= self._most or (running >= self._each and source != LOCAL):
                 return False
             self._all += 1

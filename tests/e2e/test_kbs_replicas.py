@@ -22,8 +22,10 @@ from cai.attest.checkpoint import open_checkpoint
 from cai.merkle import leaf_hash
 from kbs.audit import tree
 from kbs.audit.log import read_head
+from kbs.audit.report import require_sound
 from kbs.database.tables import AUDIT
 from kbs.keys.signing import KeyName
+from kbs.logged import verify_log
 from kbs.server.service import ServeSettings, open_broker
 from tests.kbs.postgres import Absent, Cluster
 from tests.kbs.replicas import Client, Replica
@@ -111,6 +113,7 @@ def leaves_of(site: Site) -> list[dict[str, Any]]:
     assert (checkpoint.size, checkpoint.root) == (head.size, tree.fold(frontier))
     leaves = [jcs.parse_canonical(leaf, what="leaf", limit=MAX_LEAF) for leaf in stored]
     assert [leaf["seq"] for leaf in leaves] == list(range(head.size))
+    require_sound(verify_log(core))
     return leaves
 
 

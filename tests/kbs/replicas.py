@@ -122,7 +122,7 @@ class Client:
             if answer is not None and answer.status_code == 200:
                 self.request_ids.append(answer.headers["x-request-id"])
                 return answer
-            if answer is not None and answer.status_code < 500:
+            if answer is not None and answer.status_code < 500 and answer.status_code != 429:
                 assert answer.status_code == 401, answer.text
                 return None
             self.again += 1

@@ -344,6 +344,15 @@ def test_nothing_is_served_beside_the_prefix(served: Served) -> None:
     assert httpx.get(f"{served.main}/as/certificate", trust_env=False).status_code == 200
 
 
+def test_no_path_is_guessed(served: Served) -> None:
+    for path in ("/kbs/v0/auth/", "/as/certificate/", "/kbs/v0", "/kbs/v0/"):
+        answer = httpx.post(f"{served.main}{path}", trust_env=False, content=b"{}")
+        assert answer.status_code == 404, answer.text
+        assert StockClient.require_error(answer) in ("InvalidRequestPath", "PluginNotFound")
+    answer = served.administer("GET", "/kbs/v0/whoami/")
+    assert answer.status_code == 404, answer.text
+
+
 def test_administration_is_on_the_main_listener_only_for_stock_clients(
     served: Served, compat: Served
 ) -> None:

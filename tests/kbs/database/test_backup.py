@@ -15,6 +15,7 @@ from sqlalchemy import func, select, text
 from cai import jcs
 from cai.attest.checkpoint import read_checkpoint
 from cai.errors import CaiError, FormatError, InputMissing, StorageError, Tampered
+from kbs.audit.report import require_sound
 from kbs.database import backup as backup_module
 from kbs.database.backup import Manifest, load, manifest_path, read_manifest, save
 from kbs.database.engine import Database
@@ -22,6 +23,7 @@ from kbs.database.opening import DATABASE_NAME, connect, open_database
 from kbs.database.settings import DatabaseSettings
 from kbs.database.tables import AUDIT, METADATA, SESSION
 from kbs.instance import default_kek
+from kbs.logged import verify_log
 from kbs.restore import restore
 from kbs.server.service import open_broker
 from tests.kbs.postgres import Cluster
@@ -114,6 +116,23 @@ def test_a_restore_starts_a_new_origin(allowed: Site, saved: Path, again: Site) 
     assert leaf["details"]["origin"] == new.origin
     assert read_checkpoint(leaf["details"]["previous"].encode()) == old
     assert leaf["details"]["backup"] == read_manifest(saved).sha256
+
+
+def test_the_log_of_a_restored_broker_verifies(
+    allowed: Site, saved: Path, again: Site, visitor: Visitor
+) -> None:
+    old = allowed.broker.core.checkpoints.latest()
+    _, cookie = visitor.attested(again)
+    assert visitor.open(again.get(cookie)) == SECRET_TEXT
+    again.broker.core.checkpoints.latest()
+    require_sound(verify_log(again.broker.core))
+    # Who kept a checkpoint that the backup reaches finds it; who kept a newer one does not.
+    require_sound(verify_log(again.broker.core, held=old))
+    assert allowed.admin("POST", "resource/models/minilm/other", b"x").status_code == 200
+    allowed.broker.core.checkpoints.interval = 0.0
+    newer = allowed.broker.core.checkpoints.latest()
+    with pytest.raises(Tampered):
+        require_sound(verify_log(again.broker.core, held=newer))
 
 
 def test_two_restores_have_two_origins(saved: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,13 @@ def test_nobody_there_is_unavailable(
     monkeypatch.setattr(engine_module, "PATIENCE_SECONDS", 0)
     with pytest.raises(Unavailable):
         Database.open(f"postgresql+psycopg://kbs@/none?host={tmp_path}")
+
+
+def test_a_missing_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(SettingError, match="not installed") as caught:
+        Database.open(f"postgresql+psycopg://kbs@/none?host={tmp_path}")
+    assert "[postgres]" in str(caught.value.hint)
 
 
 def test_every_connection_in_use_is_unavailable(
