@@ -1,7 +1,7 @@
 """A real stock TNG, both ends of it, that trusts this attestation service and nothing else.
 
-Needs the binary of the wheel ``tng-sdk`` (CAI_STOCK_TNG names it); skipped without. Its attestation
-agent is a few lines here that quote by the simulated platform.
+Needs the binary of the wheel ``tng-sdk`` (`make peers`, or CAI_STOCK_TNG names the folder); skipped
+without. Its attestation agent is a few lines here that quote by the simulated platform.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from tests.kbs.world import Visitor
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
 
-TNG = os.environ.get("CAI_STOCK_TNG", "")
+TNG = Path(os.environ.get("CAI_STOCK_TNG", "build/peers")) / "2.12.0" / "bin" / "scripts" / "tng"
 pytestmark = pytest.mark.skipif(
-    not Path(TNG or "/nonexistent").is_file(),
-    reason="no stock tng; set CAI_STOCK_TNG to the binary of the wheel tng-sdk",
+    not TNG.is_file(), reason=f"no stock tng at {TNG} (`make peers`, or set CAI_STOCK_TNG)"
 )
 
 
