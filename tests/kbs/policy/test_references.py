@@ -315,7 +315,7 @@ def test_an_expired_value_releases_nothing(
     assert allowed.set_policy("resource-policy", REGO).status_code == 200
     _, cookie = visitor.attested(allowed)
     assert allowed.get(cookie).status_code == 403
-    soon = (NOW + timedelta(minutes=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    soon = (clock() + timedelta(minutes=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
     values = {"mr_td": [visitor.facts().tdx.body["mr_td"]]}
     allowed.admin("POST", "reference-values", {"values": values, "expires": soon})
     assert allowed.get(cookie).status_code == 200
