@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, select
+from sqlalchemy import Connection, Engine, Select, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -29,8 +29,8 @@ PATIENCE_SECONDS: Final = 10
 """How long the start of a transaction is repeated while the server is away, seconds."""
 
 IDLE_SECONDS: Final = 30
-"""PostgreSQL ends a transaction whose replica has said nothing for so long, seconds; a frozen
-replica must not hold the head for the others."""
+"""PostgreSQL ends a decision whose replica has said nothing for so long, seconds; a frozen replica
+must not hold the head for the others. Reading may take its time."""
 
 CONNECT_SECONDS: Final = 5
 """How long one attempt to reach a server takes at most, seconds."""
@@ -54,6 +54,7 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._head = _hold_head()
         self.where = engine.url.render_as_string(hide_password=True)
 
     @classmethod
@@ -173,30 +174,29 @@ class Database:
                 )
             connection.begin()
             if self.is_shared and kind == _DECIDE:
-                connection.execute(_HEAD)
+                connection.execute(self._head)
         except BaseException:
             connection.close()
             raise
         return connection
 
 
-_HEAD: Final = select(AUDIT_HEAD.c.id).where(AUDIT_HEAD.c.id == 1).with_for_update()
+def _hold_head() -> Select[Any]:
+    """Lock the head row, and bound how long this transaction may be idle; one statement."""
+    idle = func.set_config("idle_in_transaction_session_timeout", f"{IDLE_SECONDS}s", True)  # noqa: FBT003
+    return select(AUDIT_HEAD.c.id, idle).where(AUDIT_HEAD.c.id == 1).with_for_update()
 
 
 def _postgresql_arguments(address: URL, password: Secret | None) -> dict[str, Any]:
     session = {
-        "lock_timeout": BUSY_SECONDS,
-        "idle_in_transaction_session_timeout": IDLE_SECONDS,
+        "lock_timeout": f"{BUSY_SECONDS}s",
         # A replica whose machine is gone sends no word; the server has to notice.
         "tcp_keepalives_idle": 10,
         "tcp_keepalives_interval": 5,
         "tcp_keepalives_count": 3,
     }
-    timed = {"lock_timeout", "idle_in_transaction_session_timeout"}
     arguments: dict[str, Any] = {
-        "options": " ".join(
-            f"-c {name}={value}{'s' if name in timed else ''}" for name, value in session.items()
-        ),
+        "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
         "application_name": "kbs",
     }
     if "connect_timeout" not in address.query:

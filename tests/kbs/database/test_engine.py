@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,11 @@ def test_decisions_follow_one_another(pair: tuple[Database, Database]) -> None:
     for thread in threads:
         thread.join(60)
     assert size(pair[0]) == 80
+
+
+def advance(database: Database) -> None:
+    with database.decide() as connection:
+        connection.execute(update(AUDIT_HEAD).values(size=AUDIT_HEAD.c.size + 1))
 
 
 def fail(connection: Connection) -> None:
@@ -171,6 +177,30 @@ def test_a_decision_waits_for_a_server_that_is_away(
     with database.decide() as connection:
         assert connection.execute(select(AUDIT_HEAD.c.size)).scalar_one() == 0
     back.join()
+
+
+def test_a_replica_that_hangs_is_put_out(
+    postgres: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 1)
+    settings = postgres.settings(postgres.create())
+    frozen, other = (open_database(tmp_path, settings) for _ in range(2))
+    with_head(frozen)
+
+    def freeze(connection: Connection) -> None:
+        connection.execute(update(AUDIT_HEAD).values(size=7))
+        advance(other)  # waits until the frozen one is out
+
+    with pytest.raises(Unavailable), frozen.decide() as connection:
+        freeze(connection)
+    assert size(other) == 1
+    # Reading may take its time.
+    with other.read() as connection:
+        connection.execute(select(AUDIT_HEAD.c.size))
+        time.sleep(1.5)
+        assert connection.execute(select(AUDIT_HEAD.c.size)).scalar_one() == 1
+    frozen.close()
+    other.close()
 
 
 def test_nobody_there_is_unavailable(
