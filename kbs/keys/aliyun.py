@@ -11,77 +11,30 @@ Untested against the service itself; see docs/kbs-keys.md.
 from __future__ import annotations
 
 import base64
-import binascii
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from cai.errors import CaiError, FormatError, SettingError, Tampered, Unavailable
+from cai.errors import CaiError, SettingError, Tampered, Unavailable
 from cai.secret import Secret
 from cai.settings import Section
+from kbs.keys.aliyun_instance import instance_from_section
+from kbs.keys.kms import (
+    TIMEOUT_SECONDS,
+    Kms,
+    KmsRefusal,
+    KmsSecret,
+    kms_bytes,
+    kms_text,
+    secret_of,
+)
 from kbs.keys.optional import load
 from kbs.keys.provider import bind, unbind
 from kbs.keys.secret_input import SecretInput
-
-TIMEOUT_SECONDS: Final = 10
-"""How long one call may take, seconds."""
 
 _MISSING: Final = ("Forbidden.ResourceNotFound", "Forbidden.SecretNotFound", "NotFound")
 _BAD_DATA: Final = ("InvalidParameter", "CiphertextBlob", "InvalidCiphertext", "DecryptFailed",
                     "UnsupportedOperation")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class KmsSecret:
-    """One version of a secret that KMS keeps."""
-
-    contents: bytes
-    version: str
-
-    def __repr__(self) -> str:
-        return f"<secret of {len(self.contents)} bytes, version {self.version!r}>"
-
-
-class KmsRefusal(Exception):
-    """KMS answers with an error code."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-class Kms(Protocol):
-    """What both ways in can do."""
-
-    def encrypt(self, key: str, plaintext: bytes) -> bytes:
-        """Encrypt a few bytes under a key of KMS.
-
-        Raises:
-            KmsRefusal: it says no.
-            Unavailable: it does not answer.
-        """
-        ...
-
-    def decrypt(self, key: str, sealed: bytes) -> bytes:
-        """The bytes again.
-
-        Raises:
-            KmsRefusal: it says no.
-            Unavailable: it does not answer.
-        """
-        ...
-
-    def secret(self, name: str) -> KmsSecret:
-        """The current version of a secret.
-
-        Raises:
-            KmsRefusal: it says no.
-            Unavailable: it does not answer.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back what is held open."""
-        ...
 
 
 class OpenApiKms:
@@ -123,14 +76,14 @@ class OpenApiKms:
             key_id=key, plaintext=base64.b64encode(plaintext).decode("ascii")
         )
         body = self._call(lambda: self._client().encrypt_with_options(request, self._runtime))
-        return _text(body.ciphertext_blob).encode("utf-8")
+        return kms_text(body.ciphertext_blob).encode("utf-8")
 
     def decrypt(self, key: str, sealed: bytes) -> bytes:
         """See ``Kms``; the ciphertext names its key."""
         del key
         request = self._models.DecryptRequest(ciphertext_blob=sealed.decode("utf-8", "replace"))
         body = self._call(lambda: self._client().decrypt_with_options(request, self._runtime))
-        return _decoded(_text(body.plaintext))
+        return kms_bytes(kms_text(body.plaintext))
 
     def secret(self, name: str) -> KmsSecret:
         """See ``Kms``."""
@@ -225,15 +178,6 @@ def secret_or_none(kms: Kms, name: str, *, source: str) -> KmsSecret | None:
         raise _unavailable(source, error.code) from None
 
 
-def secret_of(data: Any, kind: Any, version: Any) -> KmsSecret:
-    """A secret from the members of an answer; binary secrets are base64.
-
-    Raises:
-        FormatError: a member is missing or of another form.
-    """
-    text = _text(data)
-    contents = _decoded(text) if kind == "binary" else text.encode("utf-8", "replace")
-    return KmsSecret(contents, str(version or ""))
 
 
 def open_kms(section: Section) -> Kms:
@@ -243,8 +187,6 @@ def open_kms(section: Section) -> Kms:
         SettingError: neither, both, or a member of another form.
     """
     if section.has("client_key_file"):
-        from kbs.keys.aliyun_instance import instance_from_section
-
         return instance_from_section(section)
     endpoint = section.text("endpoint")
     plain = section.flag("unsafe_plain_http", default=False)
@@ -263,17 +205,6 @@ def open_kms(section: Section) -> Kms:
     )
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise FormatError("Alibaba Cloud KMS: the answer lacks a member")
-    return value
-
-
-def _decoded(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise FormatError("Alibaba Cloud KMS: the answer is not base64") from error
 
 
 def _unavailable(what: str, reason: str) -> Unavailable:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from cai import jcs
 from cai.errors import CaiError, FormatError, SettingError, Tampered, Unavailable
 from cai.settings import Section
-from kbs.keys.aliyun import TIMEOUT_SECONDS, KmsRefusal, KmsSecret, secret_of
+from kbs.keys.kms import TIMEOUT_SECONDS, KmsRefusal, KmsSecret, secret_of
 from kbs.keys.secret_input import SecretInput
 
 CHILD: Final = Path(__file__).with_name("aliyun_child.py")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from cai.errors import SettingError
 from cai.settings import Section, suggestion
-from kbs.keys.aliyun import AliyunKmsProvider, Kms, open_kms
+from kbs.keys.aliyun import AliyunKmsProvider, open_kms
 from kbs.keys.file_provider import FileProvider
 from kbs.keys.keyring import Keyring
+from kbs.keys.kms import Kms
 from kbs.keys.passphrase_provider import PassphraseProvider
 from kbs.keys.pkcs11_provider import Mechanism, Pkcs11Provider, TokenKey
 from kbs.keys.sealing import require_outside

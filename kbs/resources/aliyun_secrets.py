@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from cai.settings import Section
-from kbs.keys.aliyun import Kms, open_kms, secret_or_none
+from kbs.keys.aliyun import open_kms, secret_or_none
+from kbs.keys.kms import Kms
 from kbs.names import ResourceName
-from kbs.resources.external import Naming, SourceSecret, secret_name
+from kbs.resources.source import Naming, SourceSecret, secret_name
 
 
 class AliyunSecrets:

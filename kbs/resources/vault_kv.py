@@ -10,7 +10,7 @@ from cai.errors import FormatError, SettingError
 from cai.settings import Section
 from kbs.keys.vault import VaultAddress, VaultClient, name_setting
 from kbs.names import ResourceName
-from kbs.resources.external import Naming, SourceSecret, secret_name
+from kbs.resources.source import Naming, SourceSecret, secret_name
 
 ENCODINGS: Final = ("text", "base64", "hex")
 """What a field's text stands for; Vault keeps no bytes."""

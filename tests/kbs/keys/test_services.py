@@ -20,7 +20,7 @@ from kbs.keys.provider import KEY_SIZE, commitment, require_commitment
 from kbs.keys.vault import VaultAddress, VaultTransitProvider, require_private_url
 from kbs.names import ResourceName
 from kbs.resources.aliyun_secrets import AliyunSecrets
-from kbs.resources.external import Naming
+from kbs.resources.source import Naming
 from kbs.resources.vault_kv import VaultKv
 from tests.kbs.keys.aliyun_simulator import KEY_ID, InstanceSimulator, OpenApiSimulator
 from tests.kbs.keys.conftest import secret_file, secret_input
