@@ -6,6 +6,7 @@ object. Both become one question: this quote, these devices, bound to these byte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import new as new_hash
 from typing import Any, Final
@@ -28,6 +29,7 @@ from cai.attest.statement import (
     REPORT_DATA_SIZE,
     ChannelStatement,
     Purpose,
+    gpu_evidence_digest,
     report_data,
 )
 from cai.errors import EvidenceRefused, FormatError, LimitExceeded
@@ -41,6 +43,12 @@ HASHES: Final = ("sha256", "sha384", "sha512")
 
 DEFAULT_HASH: Final = "sha384"
 """Algorithm where none is named."""
+
+GPU_DIGEST_CLAIM: Final = "cai-gpu-digest"
+"""Claim that binds the devices beside a quote, hex (``gpu_evidence_digest``)."""
+
+GPU_NONCE_CLAIM: Final = "cai-gpu-nonce"
+"""Claim with the nonce of those devices' reports, hex."""
 
 NONCE_SIZE: Final = 32
 """Bytes of runtime data that are the nonce of a device."""
@@ -225,9 +233,31 @@ def _devices(
         return (), None
     if statement is not None:
         return tuple(reports), bytes.fromhex(statement.gpu.nonce)
+    if bound.structured is not None and GPU_DIGEST_CLAIM in bound.structured:
+        return tuple(reports), _claimed_nonce(bound.structured, reports)
     if len(nonces) != 1:
         raise FormatError("attestation request: devices with different runtime data")
     return tuple(reports), nonces.pop()
+
+
+def _claimed_nonce(claims: dict[str, Any], reports: Sequence[DeviceEvidence]) -> bytes:
+    """The nonce of devices that the quote's own claims bind by their digest.
+
+    A guest of ours answers stock clients with the devices of its last release; their nonce was the
+    broker's, so the claims of its certificate name it (decisions §4, Downgrade).
+    """
+    digest = gpu_evidence_digest([(item.report, item.chain) for item in reports]).hex()
+    if claims[GPU_DIGEST_CLAIM] != digest:
+        raise EvidenceRefused(
+            "the devices are not the ones that the claims bind", code="devices-unbound"
+        )
+    try:
+        nonce = bytes.fromhex(str(claims.get(GPU_NONCE_CLAIM, "")))
+    except ValueError:
+        nonce = b""
+    if len(nonce) != NONCE_SIZE:
+        raise FormatError(f"attestation request: {GPU_NONCE_CLAIM} is not {NONCE_SIZE} bytes")
+    return nonce
 
 
 def _init_data(entry: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def appraise(
     submodules: list[Appraised] = []
     made: list[Check] = []
     for submodule in submodules_of(facts, runtime, more):
-        refused = _refused(submodule, checks)
+        refused = _refused(submodule, checks, alone=not facts.devices)
         policy = policies.attestation.get(submodule.tee_class)
         if policy is None:
             submodules.append(_by_checks(submodule, policies, checks, refused=refused))
@@ -158,12 +158,15 @@ def submodules_of(
     return found
 
 
-def _refused(submodule: Submodule, checks: Iterable[Check] | None) -> bool:
+def _refused(
+    submodule: Submodule, checks: Iterable[Check] | None, *, alone: bool
+) -> bool:
     """Whether a check of the verification policy failed that speaks of this submodule."""
     failed = [item.name for item in checks or () if item.outcome is Outcome.FAIL]
-    # Checks named `gpu.…` speak of the devices, all others of the CPU.
+    # Checks named `gpu.…` speak of the devices, all others of the CPU. Devices that are demanded
+    # and missing have no submodule of their own: then the CPU's must say so.
     of_devices = submodule.tee_class is not TeeClass.CPU
-    return any(name.startswith("gpu.") is of_devices for name in failed)
+    return any(alone or name.startswith("gpu.") is of_devices for name in failed)
 
 
 def _by_checks(

@@ -26,6 +26,7 @@ from cai.attest.statement import (
     GpuFacts,
     Purpose,
     ServedModel,
+    gpu_evidence_digest,
     report_data,
     stock_report_data,
 )
@@ -216,6 +217,54 @@ def test_a_device_may_have_runtime_data_of_its_own(
         "runtime_data": own, "evidence": asker.devices(digest[:32]),
     }
     assert "gpu0" in verified(site, asker.ask(body))["submods"]
+
+
+def claimed(site: Site, platform: SimulatedPlatform, **changes: str) -> httpx.Response:
+    """What a gateway is answered that shows the devices of its last release."""
+    devices = platform.devices(1).collect(NONCE)
+    digest = gpu_evidence_digest([(item.report, item.chain) for item in devices]).hex()
+    named = {"pubkey-hash": "x", "cai-gpu-digest": digest, "cai-gpu-nonce": NONCE.hex()}
+    claims = {name: item for name, item in (named | changes).items() if item}
+    asker = Asker(site, platform, gpus=1, runtime=claims)
+    body = asker.body()
+    text = json.loads(rcar.additional_evidence(devices, None))["nvidia"]
+    body["verification_requests"][1]["evidence"] = b64u_encode(jcs.canonical(text))
+    return asker.ask(body)
+
+
+NONCE = bytes(range(32))
+
+
+def test_devices_that_the_claims_bind_keep_their_own_nonce(
+    site: Site, platform: SimulatedPlatform
+) -> None:
+    assert "gpu0" in verified(site, claimed(site, platform))["submods"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"cai-gpu-digest": "00" * 32}, 403),
+        ({"cai-gpu-nonce": "11" * 32}, 403),
+        ({"cai-gpu-nonce": ""}, 400),
+        ({"cai-gpu-nonce": "xx"}, 400),
+        ({"cai-gpu-digest": ""}, 403),
+    ],
+)
+def test_devices_that_the_claims_do_not_bind(
+    site: Site, platform: SimulatedPlatform, changes: dict[str, str], status: int
+) -> None:
+    assert claimed(site, platform, **changes).status_code == status
+
+
+def test_devices_that_are_demanded_and_left_out_affirm_nothing(
+    site: Site, platform: SimulatedPlatform, visitor: Visitor
+) -> None:
+    """There is no submodule for a GPU that did not come, so the guest's own must say it."""
+    text = stock_policy(visitor, gpus=1)
+    assert site.set_policy("verification-policy", text).status_code == 200
+    claims = verified(site, Asker(site, platform).ask())
+    assert claims["submods"]["cpu0"]["ear.status"] == "contraindicated"
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
