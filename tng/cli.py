@@ -43,7 +43,7 @@ def launch(
     """
     import asyncio
 
-    from tng.config import load_content, load_file
+    from tng.config.entries import load_content, load_file
 
     if (config_content is None) == (config_file is None):
         raise UsageError(
@@ -57,7 +57,7 @@ def launch(
     terminal = terminals.current()
     for warning in config.warnings:
         terminal.warn(warning)
-    from tng.run import run
+    from tng.operation.run import run
 
     status = asyncio.run(run(config, terminal))
     if status == 130:

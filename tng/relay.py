@@ -6,15 +6,14 @@ import asyncio
 import contextlib
 
 from cai.errors import PeerError
-from tng.channel import Stream
-from tng.frames import Code
+from tng.streams import ByteStream, Code
 
 CHUNK = 64 * 1024
 """Most bytes that are read from the plain side at once."""
 
 
 async def relay(
-    stream: Stream,
+    stream: ByteStream,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     first: bytes = b"",
@@ -50,7 +49,7 @@ async def relay(
         await asyncio.gather(inward, outward, return_exceptions=True)
 
 
-async def _to_plain(stream: Stream, writer: asyncio.StreamWriter) -> int:
+async def _to_plain(stream: ByteStream, writer: asyncio.StreamWriter) -> int:
     total = 0
     try:
         while data := await stream.read():
@@ -64,7 +63,7 @@ async def _to_plain(stream: Stream, writer: asyncio.StreamWriter) -> int:
     return total
 
 
-async def _to_stream(stream: Stream, reader: asyncio.StreamReader, first: bytes) -> int:
+async def _to_stream(stream: ByteStream, reader: asyncio.StreamReader, first: bytes) -> int:
     total = len(first)
     if first:
         await stream.write(first)

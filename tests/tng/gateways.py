@@ -22,9 +22,9 @@ from cai.attest.statement import (
     report_data,
 )
 from cai.errors import PeerError
-from tng.config import Config, parse
-from tng.journal import Journal
-from tng.service import Gateway
+from tng.config.entries import Config, parse
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedGuest

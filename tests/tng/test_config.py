@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.errors import CaiError, SettingError
-from tng.addresses import Endpoint, TcpUpstream, UnixUpstream
-from tng.config import (
+from tng.config.addresses import Endpoint, TcpUpstream, UnixUpstream
+from tng.config.entries import (
     BuiltinVerify,
     EgressMapping,
     HttpProxyIngress,

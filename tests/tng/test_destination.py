@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.errors import CaiError, PeerUnreachable
-from tng.destination import (
+from tng.config.filters import parse_filters
+from tng.peers.destination import (
     MAX_ADDRESSES,
     BadRequest,
     Destination,
@@ -19,7 +20,6 @@ from tng.destination import (
     parse_authority,
     resolve,
 )
-from tng.filters import parse_filters
 
 
 def check(host: str, address: str, filters: object = None, own: tuple = ()) -> None:

@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.errors import FormatError
-from tng.frames import (
+from tng.channel.frames import (
     HEADER_SIZE,
     MAX_DATA,
     MAX_EVIDENCE,
     MAX_STREAM,
     MAX_TEXT,
     PAD_BUCKET,
-    Code,
     Frame,
     FrameDecoder,
     FrameType,
@@ -25,6 +24,7 @@ from tng.frames import (
     parse_reason,
     reason,
 )
+from tng.streams import Code
 
 frames = st.one_of(
     st.builds(

@@ -17,14 +17,14 @@ from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, FormatError, PeerError, PeerWithoutEvidence
 from tests.tng.gateways import FakeAgent, World
-from tng.handshake import (
+from tng.channel.handshake import (
     EXPORTER_LABEL,
     Claim,
     SessionProver,
     SessionVerifier,
     exporter_context,
 )
-from tng.tls import ALPN, ChannelKey, TlsSession, client_context, server_context
+from tng.channel.tls import ALPN, ChannelKey, TlsSession, client_context, server_context
 
 SPKI = b"the prover's key"
 OTHER_SPKI = b"another key"

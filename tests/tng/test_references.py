@@ -12,8 +12,8 @@ from cai import merkle
 from cai.attest.verdict import Verdict
 from cai.errors import InputMissing
 from tests.tng.gateways import FakeAgent, World
-from tng.config import BuiltinVerify, parse
-from tng.verify_peer import BuiltinJudge
+from tng.config.entries import BuiltinVerify, parse
+from tng.peers.judge import BuiltinJudge
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform

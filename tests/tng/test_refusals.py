@@ -26,8 +26,9 @@ from tests.tng.gateways import (
     serving,
     talk,
 )
-from tng.frames import Code, Frame, FrameDecoder, FrameType, encode, parse_reason
-from tng.tls import ChannelKey, TlsSession, client_context, server_context
+from tng.channel.frames import Frame, FrameDecoder, FrameType, encode, parse_reason
+from tng.channel.tls import ChannelKey, TlsSession, client_context, server_context
+from tng.streams import Code
 
 pytestmark = pytest.mark.anyio
 
@@ -244,7 +245,7 @@ async def test_a_server_that_closes(world: World) -> None:
 
 
 async def test_a_silent_server(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tng.link.TLS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.link.TLS_TIMEOUT_S", 0.2)
 
     async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -332,7 +333,7 @@ async def test_an_impostor_gets_no_application_byte(
 async def test_an_impostor_that_never_proves(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.session.PROOF_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.session.PROOF_TIMEOUT_S", 0.2)
     async with serving(Impostor(READY, ACK)) as port:
         error = await refused(world, port)
     assert error["code"] == "peer-no-evidence"
@@ -431,7 +432,7 @@ async def test_a_fault_of_our_own_is_told_by_kind_only(
     def broken(*_args: object, **_kw: object) -> None:
         raise ValueError("secret words")
 
-    monkeypatch.setattr("tng.verify_peer.verify_channel", broken)
+    monkeypatch.setattr("tng.peers.judge.verify_channel", broken)
     log = io.StringIO()
     socket = tmp_path / "engine.sock"
     engine = CountingEngine()
@@ -625,7 +626,7 @@ async def test_too_many_streams_are_refused_one_by_one(
 async def test_an_egress_opens_no_stream_past_the_age_of_a_session(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.channel.MAX_SESSION_AGE_S", 0.0)
+    monkeypatch.setattr("tng.channel.streams.MAX_SESSION_AGE_S", 0.0)
     engine = CountingEngine()
     socket = tmp_path / "engine.sock"
     async with (
@@ -669,7 +670,7 @@ async def test_a_mapping_without_a_proven_channel(
 async def test_a_client_of_the_egress_that_says_nothing(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.link.TLS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.link.TLS_TIMEOUT_S", 0.2)
     async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
         with contextlib.suppress(ConnectionResetError):
             assert await talk(port_of(outside, "egress[0]"), b"") == b""
@@ -679,7 +680,7 @@ async def test_a_client_that_proves_nothing_back_is_dropped(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS stands, but no PROVE comes: the session does not stay."""
-    monkeypatch.setattr("tng.session.PROOF_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.session.PROOF_TIMEOUT_S", 0.2)
     async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
         got = await raw_client(port_of(outside, "egress[0]"))
     assert [frame.type for frame in got] == [FrameType.READY]

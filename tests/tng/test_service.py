@@ -27,9 +27,9 @@ from tests.tng.gateways import (
     serving,
     talk,
 )
-from tng.config import parse
-from tng.journal import Journal
-from tng.service import Gateway
+from tng.config.entries import parse
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 STOCK = {"as_addr": "http://127.0.0.1:9/as/", "policy_ids": ["default"]}
 

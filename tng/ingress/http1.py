@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterable
 import h11
 
 from cai.errors import CaiError, LimitExceeded, PeerError
-from tng.destination import BadRequest, Destination, parse_authority
+from tng.peers.destination import BadRequest, Destination, parse_authority
 
 MAX_HEAD = 64 * 1024
 """Longest request or response head, bytes."""

@@ -15,15 +15,16 @@ from datetime import UTC, datetime
 
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, PeerError, PeerUnreachable, Refused
-from tng.channel import Channel, Stream
-from tng.config import ServiceVerify, Verify
-from tng.destination import Destination, resolve
-from tng.filters import Filter
-from tng.journal import Journal
-from tng.link import Link, dial
-from tng.session import demand_proof
-from tng.tls import client_context
-from tng.verify_peer import AppraisalElsewhere, BuiltinJudge, Proven, probe_service
+from tng.channel.link import Link, dial
+from tng.channel.session import demand_proof
+from tng.channel.streams import Channel, Stream
+from tng.channel.tls import client_context
+from tng.config.entries import ServiceVerify, Verify
+from tng.config.filters import Filter
+from tng.operation.journal import Journal
+from tng.peers.destination import Destination, resolve
+from tng.peers.judge import AppraisalElsewhere, BuiltinJudge, probe_service
+from tng.streams import Proven
 
 MAX_PEERS = 256
 """Most destinations of one entry with a channel or a remembered verdict."""
@@ -60,7 +61,7 @@ class PeerState:
         }
 
 
-class Peers:
+class SessionPeers:
     """Channels to the peers of one entry.
 
     Args:

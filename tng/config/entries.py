@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from cai.attest.channel import Expectation
 from cai.errors import SettingError
 from cai.settings import Section, read_settings_file, suggestion
-from tng.addresses import Endpoint, TcpUpstream, Upstream, parse_endpoint, parse_rules
-from tng.documents import parse_json, parse_yaml
-from tng.filters import Filter, parse_filters
+from tng.config.addresses import Endpoint, TcpUpstream, Upstream, parse_endpoint, parse_rules
+from tng.config.documents import parse_json, parse_yaml
+from tng.config.filters import Filter, parse_filters
 
 MAX_ENTRIES = 64
 """Most entries of one kind."""

@@ -6,9 +6,9 @@ import asyncio
 import signal
 
 from cai.terminal import Terminal
-from tng.config import Config
-from tng.journal import Journal
-from tng.service import Gateway
+from tng.config.entries import Config
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 SIGTERM_STATUS = 143
 SIGINT_STATUS = 130

@@ -10,14 +10,15 @@ from typing import Any
 
 from cai.attest.agent_client import ChannelAgent
 from cai.errors import ListenerFailed
-from tng.addresses import Endpoint
-from tng.config import Config, EgressMapping, HttpProxyIngress, MappingIngress
-from tng.control import Control
-from tng.egress_mapping import MappingEgress
-from tng.ingress_http_proxy import HttpProxy
-from tng.ingress_mapping import PortMapping
-from tng.journal import Journal
-from tng.peers import Peers
+from tng.config.addresses import Endpoint
+from tng.config.entries import Config, EgressMapping, HttpProxyIngress, MappingIngress
+from tng.egress.raw import RawBackend
+from tng.egress.sessions import SessionEgress
+from tng.ingress.http_proxy import HttpProxy
+from tng.ingress.mapping import PortMapping
+from tng.operation.control import Control
+from tng.operation.journal import Journal
+from tng.peers.pool import SessionPeers
 
 DRAIN_S = 10.0
 """How long running requests may go on after the gateway was asked to stop, seconds."""
@@ -52,7 +53,7 @@ class Gateway:
         self._listen: dict[str, list[str]] = {}
         self._proxies: list[HttpProxy] = []
         self._peers = {
-            entry.name: Peers(
+            entry.name: SessionPeers(
                 entry.name,
                 entry.verify,
                 filters=entry.filters if isinstance(entry, HttpProxyIngress) else (),
@@ -63,7 +64,7 @@ class Gateway:
             for entry in config.ingress
         }
         self._egress = {
-            entry.name: MappingEgress(entry, journal, agent) for entry in config.egress
+            entry.name: SessionEgress(entry, journal, agent) for entry in config.egress
         }
 
     async def start(self) -> dict[str, list[str]]:
@@ -99,7 +100,14 @@ class Gateway:
             "listen": self._listen,
             "unsafe": list(self.unsafe),
             "ingress": {name: peers.status() for name, peers in self._peers.items()},
-            "egress": {name: egress.status() for name, egress in self._egress.items()},
+            "egress": {
+                entry.name: {
+                    "mode": "mapping",
+                    **self._egress[entry.name].status(),
+                    "unsafe": list(entry.unsafe),
+                }
+                for entry in self._config.egress
+            },
         }
 
     async def drain(self) -> None:
@@ -146,8 +154,9 @@ class Gateway:
     async def _start_egress(self, entry: EgressMapping) -> None:
         egress = self._egress[entry.name]
         for listen, upstream in entry.rules:
+            backend = RawBackend(upstream, self._journal, entry.unsafe)
             await self._open(
-                entry.name, listen, functools.partial(egress.serve, upstream=upstream)
+                entry.name, listen, functools.partial(egress.serve, backend=backend)
             )
 
     async def _open(self, name: str, where: Endpoint, serve: Serve) -> None:

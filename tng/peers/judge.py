@@ -7,7 +7,6 @@ pure verification in a worker thread, because a quote takes milliseconds of CPU.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import httpx
@@ -23,9 +22,10 @@ from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.attest.verdict import Verdict
 from cai.errors import PeerError, PeerUnreachable
 from cai.settings import read_settings_file
-from tng.channel import MAX_SESSION_AGE_S
-from tng.config import BuiltinVerify, ServiceVerify
-from tng.handshake import Claim
+from tng.channel.handshake import Claim
+from tng.channel.streams import MAX_SESSION_AGE_S
+from tng.config.entries import BuiltinVerify, ServiceVerify
+from tng.streams import Proven
 
 MIN_SESSION_AGE_S = 5.0
 """A session may open streams for at least this long after its proof, seconds, so that the request
@@ -33,19 +33,6 @@ that asked for it is served even when the GPU evidence was just young enough."""
 
 SERVICE_TIMEOUT_S = 5.0
 """Longest wait for an attestation service to answer, seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Proven:
-    """A peer that passed.
-
-    Attributes:
-        verdict: every check.
-        max_age_s: how long its session may open streams, from now, seconds.
-    """
-
-    verdict: Verdict
-    max_age_s: float
 
 
 class BuiltinJudge:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cai.errors import CaiError, PeerUnreachable, PolicyDenied
-from tng.filters import Address, Filter
+from tng.config.filters import Address, Filter
 
 RESOLVE_TIMEOUT_S = 5.0
 """Longest wait for a name to be resolved, seconds."""

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 
 from cai.errors import PeerError, PeerWithoutEvidence
-from tng.handshake import EXPORTER_LABEL, EXPORTER_SIZE
+from tng.channel.handshake import EXPORTER_LABEL, EXPORTER_SIZE
 
 ALPN: Final = b"cai/1"
 """The only application protocol that is offered and accepted."""

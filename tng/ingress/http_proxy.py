@@ -16,11 +16,8 @@ from http import HTTPStatus
 import h11
 
 from cai.errors import CaiError, PeerError
-from tng.channel import Stream, StreamReset
-from tng.config import HttpProxyIngress
-from tng.destination import BadRequest, Destination, DestinationRefused, demand_allowed
-from tng.frames import Code
-from tng.http1 import (
+from tng.config.entries import HttpProxyIngress
+from tng.ingress.http1 import (
     MAX_HEAD,
     ClientConnection,
     ClientGone,
@@ -30,10 +27,10 @@ from tng.http1 import (
     parse_target,
     told,
 )
-from tng.journal import Journal
-from tng.peers import Peers
+from tng.operation.journal import Journal
+from tng.peers.destination import BadRequest, Destination, DestinationRefused, demand_allowed
 from tng.relay import relay
-from tng.verify_peer import Proven
+from tng.streams import ByteStream, Code, Peers, Proven, StreamReset
 
 MAX_CLIENTS = 1024
 """Most client connections of one proxy at once."""
@@ -134,7 +131,7 @@ class HttpProxy:
     async def _tunnel(
         self,
         client: ClientConnection,
-        stream: Stream,
+        stream: ByteStream,
         proven: Proven,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -179,7 +176,7 @@ class _Exchange:
     """One plain request and its response over a stream."""
 
     def __init__(
-        self, client: ClientConnection, stream: Stream, proven: Proven, destination: Destination
+        self, client: ClientConnection, stream: ByteStream, proven: Proven, destination: Destination
     ) -> None:
         self._client = client
         self._stream = stream

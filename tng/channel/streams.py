@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from cai.errors import CaiError, FormatError, PeerError, PeerUnreachable
-from tng.frames import (
+from tng.channel.frames import (
     MAX_DATA,
     MAX_STREAM,
-    Code,
     Frame,
     FrameType,
     credit,
@@ -23,7 +22,8 @@ from tng.frames import (
     parse_reason,
     reason,
 )
-from tng.link import Link
+from tng.channel.link import Link
+from tng.streams import Code, StreamReset
 
 STREAM_WINDOW = 256 * 1024
 """Credit that each direction of a stream starts with, bytes."""
@@ -44,16 +44,6 @@ _MAX_CREDIT_TOTAL = 2**31 - 1
 
 StreamHandler = Callable[["Stream"], Awaitable[None]]
 """What a server does with a stream that the client opened."""
-
-
-class StreamReset(PeerError):
-    """The other end gave the stream up."""
-
-    code = "stream-reset"
-
-    def __init__(self, reset_code: Code, text: str) -> None:
-        super().__init__(text or reset_code.name.lower().replace("_", " "))
-        self.reset_code = reset_code
 
 
 class Stream:

@@ -1,7 +1,8 @@
 """A TLS session over a socket: ciphertext on the asyncio side, frames on the other.
 
-The edge between the sans-I/O parts (``tng.tls``, ``tng.frames``) and the network. It also tells a
-peer that proves nothing (plain text, another TLS, silence) from one that cannot be reached.
+The edge between the sans-I/O parts (``tng.channel.tls``, ``tng.channel.frames``) and the network.
+It also tells a peer that proves nothing (plain text, another TLS, silence) from one that cannot be
+reached.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections import deque
 from OpenSSL import SSL
 
 from cai.errors import PeerError, PeerUnreachable, PeerWithoutEvidence
-from tng.frames import Code, Frame, FrameDecoder, FrameType, encode, padding_for, reason
-from tng.tls import TLS_HANDSHAKE, TlsSession
+from tng.channel.frames import Frame, FrameDecoder, FrameType, encode, padding_for, reason
+from tng.channel.tls import TLS_HANDSHAKE, TlsSession
+from tng.streams import Code
 
 CONNECT_TIMEOUT_S = 5.0
 """Longest wait for a TCP connection, seconds."""
@@ -197,7 +199,7 @@ async def dial(
     Args:
         address: IP address, resolved and checked before.
         port: TCP port.
-        context: of ``tng.tls.client_context``.
+        context: of ``tng.channel.tls.client_context``.
         server_name: SNI, for a destination given by name.
         padding: whether DATA frames are padded.
 

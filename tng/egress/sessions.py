@@ -1,37 +1,28 @@
-"""Egress `mapping`: attested TLS in, one fixed plain upstream of the same guest out.
-
-The upstream is the egress's own setting; a client cannot choose it. It must be a Unix socket or
-loopback, unless the entry says ``unsafe_remote_upstream`` (decisions §7).
-"""
+"""The egress's end of cai/1: every session is proven, then its streams go to the backend."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import secrets
 import time
 
 from cai.attest.agent_client import ChannelAgent
 from cai.attest.channel import ChannelEvidence
-from cai.errors import CaiError, FormatError, PeerError, PeerUnreachable
-from tng.addresses import TcpUpstream, Upstream
-from tng.channel import Channel, Stream
-from tng.config import EgressMapping
-from tng.frames import Code
-from tng.journal import Journal, endpoint_text
-from tng.link import PlainRequest, accept
-from tng.relay import relay
-from tng.session import give_proof
-from tng.tls import ChannelKey, server_context
-
-UPSTREAM_TIMEOUT_S = 5.0
-"""Longest wait for the upstream to accept a connection, seconds."""
+from cai.errors import CaiError
+from tng.channel.link import PlainRequest, accept
+from tng.channel.session import give_proof
+from tng.channel.streams import Channel, Stream
+from tng.channel.tls import ChannelKey, server_context
+from tng.config.entries import EgressMapping
+from tng.operation.journal import Journal, endpoint_text
+from tng.streams import Backend, Caller
 
 MAX_SESSIONS = 512
 """Most sessions of one listener at once; the newest is refused beyond them."""
 
 
-class MappingEgress:
-    """One egress entry: proves every session, then connects its streams to the upstream.
+class SessionEgress:
+    """One egress entry's sessions.
 
     Args:
         settings: the entry.
@@ -52,7 +43,7 @@ class MappingEgress:
         self._leaving = False
 
     async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Upstream
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, backend: Backend
     ) -> None:
         """Serve one client connection to its end."""
         peer = f"{self._settings.name} {endpoint_text(writer.get_extra_info('peername'))}"
@@ -63,7 +54,7 @@ class MappingEgress:
         self._sessions += 1
         started = time.monotonic()
         try:
-            await self._serve(reader, writer, upstream, peer, started)
+            await self._serve(reader, writer, backend, peer, started)
         except PlainRequest as error:
             self._journal.line(f"{peer} refused: {error.message}; told it so")
         except CaiError as error:
@@ -91,17 +82,15 @@ class MappingEgress:
     def status(self) -> dict[str, object]:
         """What the control interface shows."""
         return {
-            "mode": "mapping",
             "sessions": self._sessions,
             "streams": self.streams,
-            "unsafe": list(self._settings.unsafe),
         }
 
     async def _serve(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        upstream: Upstream,
+        backend: Backend,
         peer: str,
         started: float,
     ) -> None:
@@ -109,7 +98,12 @@ class MappingEgress:
         await give_proof(link, self._key.spki, self._prove)
         elapsed = 1000 * (time.monotonic() - started)
         self._journal.line(f"{peer} session proven in {elapsed:.0f} ms")
-        channel = Channel(link, handler=lambda stream: self._carry(stream, upstream, peer))
+        session = secrets.token_hex(8)
+
+        async def carry(stream: Stream) -> None:
+            await backend.carry(stream, Caller(f"{peer} stream {stream.number}", session))
+
+        channel = Channel(link, handler=carry)
         self._channels.add(channel)
         try:
             await channel.wait_closed()
@@ -119,41 +113,3 @@ class MappingEgress:
 
     async def _prove(self, leaf: bytes) -> ChannelEvidence:
         return await self._agent.prove(leaf)
-
-    async def _carry(self, stream: Stream, upstream: Upstream, peer: str) -> None:
-        try:
-            reader, writer = await connect_upstream(upstream)
-        except PeerUnreachable as error:
-            # The client learns that there is none, not where it would have been.
-            stream.reset(Code.UPSTREAM, "the upstream of this egress does not answer")
-            self._journal.line(f"{peer} stream {stream.number}: {error.message}")
-            return
-        try:
-            await stream.accept()
-            sent, received = await relay(stream, reader, writer)
-            self._journal.line(
-                f"{peer} stream {stream.number} done, {sent} B in, {received} B out"
-            )
-        except (PeerError, FormatError) as error:
-            self._journal.line(f"{peer} stream {stream.number} ended: {error.message}")
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-
-async def connect_upstream(
-    upstream: Upstream,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the upstream.
-
-    Raises:
-        PeerUnreachable: it does not accept a connection in time.
-    """
-    try:
-        async with asyncio.timeout(UPSTREAM_TIMEOUT_S):
-            if isinstance(upstream, TcpUpstream):
-                return await asyncio.open_connection(upstream.host, upstream.port)
-            return await asyncio.open_unix_connection(str(upstream.path))
-    except (OSError, TimeoutError) as error:
-        raise PeerUnreachable(f"upstream {upstream} does not answer: {error}") from error

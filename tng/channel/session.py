@@ -12,9 +12,10 @@ from typing import TypeVar
 
 from cai.attest.channel import ChannelEvidence, Role
 from cai.errors import CaiError, FormatError, PeerError, PeerWithoutEvidence, Refused
-from tng.frames import Code, Frame, FrameType, parse_reason
-from tng.handshake import Claim, SessionProver, SessionVerifier
-from tng.link import Link
+from tng.channel.frames import Frame, FrameType, parse_reason
+from tng.channel.handshake import Claim, SessionProver, SessionVerifier
+from tng.channel.link import Link
+from tng.streams import Code
 
 PROOF_TIMEOUT_S = 20.0
 """Longest time from PROVE to READY, seconds; the agent may take 10 of them."""

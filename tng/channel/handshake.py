@@ -21,7 +21,7 @@ from hashlib import sha256
 from cai import merkle
 from cai.attest.channel import ChannelEvidence, Role, leaf_data
 from cai.errors import FormatError
-from tng.frames import MAX_EVIDENCE, NONCE_SIZE
+from tng.channel.frames import MAX_EVIDENCE, NONCE_SIZE
 
 EXPORTER_LABEL = b"EXPORTER-cai-channel-v1"
 """TLS exporter label (RFC 8446 §7.5)."""

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 
 from cai.errors import CaiError
-from tng.http1 import ClientConnection
+from tng.ingress.http1 import ClientConnection
 
 Status = Callable[[], dict[str, object]]
 

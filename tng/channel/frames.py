@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from cai.errors import FormatError
+from tng.streams import Code
 
 HEADER_SIZE = 8
 """Bytes of a frame header: type u8, length u24, stream u32."""
@@ -60,19 +61,6 @@ class FrameType(IntEnum):
     def on_stream(self) -> bool:
         """Whether frames of this type belong to a stream; the others carry stream 0."""
         return self >= FrameType.OPEN
-
-
-class Code(IntEnum):
-    """Why a session is refused or a stream reset."""
-
-    PROTOCOL = 1
-    BUSY = 2
-    NO_PROOF = 3
-    EVIDENCE_REFUSED = 4
-    UPSTREAM = 5
-    CANCELLED = 6
-    SHUTTING_DOWN = 7
-    INTERNAL = 8
 
 
 _LENGTHS: dict[FrameType, tuple[int, int]] = {

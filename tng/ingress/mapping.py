@@ -12,13 +12,12 @@ import json
 import time
 
 from cai.errors import CaiError, PeerError
-from tng.addresses import TcpUpstream
-from tng.config import MappingIngress
-from tng.destination import Destination
-from tng.frames import Code
-from tng.journal import Journal, endpoint_text
-from tng.peers import Peers
+from tng.config.addresses import TcpUpstream
+from tng.config.entries import MappingIngress
+from tng.operation.journal import Journal, endpoint_text
+from tng.peers.destination import Destination
 from tng.relay import relay
+from tng.streams import Code, Peers
 
 MAX_CLIENTS = 1024
 """Most client connections of one entry at once."""
