@@ -383,7 +383,7 @@ async def test_old_gpu_evidence_shortens_the_session(
     ages: list[float] = []
     real = judge._max_age
     monkeypatch.setattr(
-        verify_peer, "_max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
+        judge, "_max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
     )
     gpu = agent.evidence([bytes(32)])
     from cai.attest.statement import ChannelStatement, GpuFacts
