@@ -7,6 +7,7 @@ round: a dialect accepts streams, and a ``Backend`` carries each one to the gues
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -124,6 +125,24 @@ class Peers(Protocol):
 
     async def close(self) -> None:
         """End every session and attempt now."""
+
+
+class Acceptor(Protocol):
+    """The egress's end of a dialect: accepts connections, hands their streams to a backend."""
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, backend: Backend
+    ) -> None:
+        """Serve one connection to its end."""
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+
+    def leave(self) -> None:
+        """Take no new sessions and streams."""
+
+    async def close(self) -> None:
+        """End every session now."""
 
 
 class Backend(Protocol):

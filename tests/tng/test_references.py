@@ -12,7 +12,7 @@ from cai import merkle
 from cai.attest.verdict import Verdict
 from cai.errors import InputMissing
 from tests.tng.gateways import FakeAgent, World
-from tng.config.entries import BuiltinVerify, parse
+from tng.config.trust import BuiltinVerify, parse
 from tng.peers.judge import BuiltinJudge
 
 if TYPE_CHECKING:

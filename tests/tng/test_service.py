@@ -264,7 +264,7 @@ def finished(*arguments: str) -> tuple[int, str, str]:
         (("--config-content", "{}"), 2, "nothing to do"),
         (("--config-content", "{"), 2, "not JSON"),
         (("--config-file", "/nonexistent/tng.json"), 3, "does not exist"),
-        (("--config-content", '{"add_ingress":[{"socks5":{}}]}'), 2, "not in this version"),
+        (("--config-content", '{"add_ingress":[{"hook":{},"no_ra":true}]}'), 2, "tng exec"),
         (("--nonsense",), 2, "nonsense"),
     ],
 )

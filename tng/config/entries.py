@@ -1,270 +1,210 @@
-"""The configuration of `tng launch`: the supported part of TNG's schema, read strictly.
+"""A whole configuration: TNG's grammar, read so that nothing has an effect unseen.
 
-The grammar is that of TNG (one mode key an entry, common keys beside it). What this version does
-not do is refused by name instead of being ignored; what stock TNG ignores silently is refused or
-warned about. The data classes are what the rest of the package works with.
+An entry has one mode and, beside it, keys that every mode shares. What TNG reads and this gateway
+does not do is read too, and kept as a refusal: ``tng launch`` ends with it, ``tng config check``
+explains it (docs/tng-configuration.md).
 """
 
 from __future__ import annotations
 
-import ipaddress
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from cai.attest.channel import Expectation
 from cai.errors import SettingError
-from cai.settings import Section, read_settings_file, suggestion
-from tng.config.addresses import Endpoint, TcpUpstream, Upstream, parse_endpoint, parse_rules
-from tng.config.documents import parse_json, parse_yaml
-from tng.config.filters import Filter, parse_filters
+from cai.settings import Section
+from tng.config.addresses import TcpUpstream, is_loopback
+from tng.config.modes import (
+    EgressMode,
+    IngressMode,
+    Mapping,
+    parse_egress_mode,
+    parse_ingress_mode,
+)
+from tng.config.notes import Note, NoteKind, Notes
+from tng.config.patterns import compile_pattern
+from tng.config.telemetry import Telemetry, parse_telemetry
+from tng.config.transport import Transport, parse_transport
+from tng.config.trust import Trust, parse_trust
 
 MAX_ENTRIES = 64
 """Most entries of one kind."""
 
-_LATER_MODES = {
-    "ingress": ("socks5", "netfilter", "hook", "mapping_udp", "netfilter_udp"),
-    "egress": ("netfilter", "hook", "mapping_udp", "netfilter_udp"),
-}
-_MODES = {"ingress": ("http_proxy", "mapping"), "egress": ("mapping",)}
-_LATER_KEYS = (
-    "no_ra", "ohttp", "encap_in_http", "decap_from_http", "rats_tls", "quic", "direct_forward",
-    "web_page_inject",
-)  # fmt: skip
-_LATER_TOP = ("metric", "metrics", "trace", "admin_bind")
-_LATER_VERIFY = (
-    "trusted_certs_paths", "verify_signer_transparency", "skip_as_token_cert_verify",
-    "attestation_policy", "reference_values", "as_is_grpc", "api_key", "ita_jwks_addr",
-)  # fmt: skip
-
-NOT_YET = "not in this version"
-"""What every refusal of a known but unsupported setting says."""
-
 
 @dataclass(frozen=True, slots=True)
-class BuiltinVerify:
-    """Verification in this process (``as_type: builtin``).
+class Ingress:
+    """One way in for clients of this machine.
 
     Attributes:
-        policy: verification policy file (layer 2).
-        collateral: TDX collateral; ``None`` has none.
-        rims: directory of NVIDIA's reference measurements; ``None`` does not compare.
-        ocsp: directory of NVIDIA's revocation answers; ``None`` does not ask.
-        simulated_root: directory of ``unsafe_simulated_root``.
-        expect: what this client pins beyond the policy.
+        name: ``ingress[N]``.
+        mode: where connections come in.
+        transport: how they travel.
+        trust: who proves what.
+        padding: whether streamed frames are padded.
     """
 
-    policy: Path
-    collateral: Path | None
-    simulated_root: Path | None
-    expect: Expectation
-    rims: Path | None = None
-    ocsp: Path | None = None
+    name: str
+    mode: IngressMode
+    transport: Transport
+    trust: Trust
+    padding: bool = True
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+        return self.trust.unsafe
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceVerify:
-    """Verification by an attestation service (stock syntax).
+class Egress:
+    """One way out to a backend of this guest.
 
     Attributes:
-        as_addr: base URL, ends in ``/``.
-        policy_ids: policies that the service shall apply.
-        as_headers: headers for each of its requests.
+        name: ``egress[N]``.
+        mode: where attested connections come in and which backend they reach.
+        transport: how they travel.
+        trust: who proves what.
+        padding: whether streamed frames are padded.
+        direct: paths of plain HTTP requests that are let through unprotected.
+        remote_upstream: whether the backend may be elsewhere (``unsafe_remote_upstream``).
     """
 
-    as_addr: str
-    policy_ids: tuple[str, ...]
-    as_headers: tuple[tuple[str, str], ...]
-
-
-Verify = BuiltinVerify | ServiceVerify
-
-
-@dataclass(frozen=True, slots=True)
-class Attest:
-    """How an egress proves itself: the agent's channel socket."""
-
-    socket: Path
-
-
-@dataclass(frozen=True, slots=True)
-class HttpProxyIngress:
-    """An HTTP proxy for clients of this machine."""
-
     name: str
-    listen: Endpoint
-    filters: tuple[Filter, ...]
-    verify: Verify
-    padding: bool
+    mode: EgressMode
+    transport: Transport
+    trust: Trust
+    padding: bool = True
+    direct: tuple[re.Pattern[str], ...] = ()
+    remote_upstream: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class MappingIngress:
-    """Ports of this machine that lead to fixed attested peers."""
-
-    name: str
-    rules: tuple[tuple[Endpoint, TcpUpstream], ...]
-    verify: Verify
-    padding: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EgressMapping:
-    """Attested ports that lead to upstreams of this guest."""
-
-    name: str
-    rules: tuple[tuple[Endpoint, Upstream], ...]
-    attest: Attest
-    padding: bool
-    unsafe: tuple[str, ...]
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+        remote = ("unsafe_remote_upstream",) if self.remote_upstream else ()
+        return (*remote, *self.trust.unsafe)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything one `tng launch` does.
+    """Everything one ``tng launch`` does.
 
     Attributes:
         ingress: entries of ``add_ingress``.
         egress: entries of ``add_egress``.
-        control: address of the control interface.
-        warnings: what was accepted but has no effect.
+        telemetry: control interface, metrics, traces.
+        notes: what is worth telling.
     """
 
-    ingress: tuple[HttpProxyIngress | MappingIngress, ...]
-    egress: tuple[EgressMapping, ...]
-    control: Endpoint | None
-    warnings: tuple[str, ...]
+    ingress: tuple[Ingress, ...]
+    egress: tuple[Egress, ...]
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    notes: tuple[Note, ...] = ()
 
+    @property
+    def refusals(self) -> tuple[Note, ...]:
+        """What keeps it from being launched."""
+        return tuple(note for note in self.notes if note.kind is NoteKind.REFUSED)
 
-def load_content(text: str) -> Config:
-    """The configuration given on the command line, as JSON.
+    def require_served(self) -> None:
+        """Refuse a configuration with anything that this gateway does not do.
 
-    Raises:
-        SettingError, LimitExceeded: it is not a configuration of this version.
-    """
-    data = text.encode("utf-8", "surrogatepass")
-    return parse(parse_json(data, "--config-content"), where="--config-content")
-
-
-def load_file(path: Path) -> Config:
-    """The configuration of a file: YAML by its suffix (``.yaml``, ``.yml``), else JSON.
-
-    Raises:
-        InputMissing, StorageError: it cannot be read.
-        SettingError, LimitExceeded: it is not a configuration of this version.
-    """
-    data = read_settings_file(path, what="configuration")
-    yaml_file = path.suffix.lower() in (".yaml", ".yml")
-    value = parse_yaml(data, str(path)) if yaml_file else parse_json(data, str(path))
-    return parse(value, where=path.name)
+        Raises:
+            SettingError: naming every such thing.
+        """
+        if self.refusals:
+            raise SettingError(
+                "; ".join(str(note) for note in self.refusals),
+                hint="`tng config check` explains the whole configuration",
+            )
 
 
 def parse(value: Any, *, where: str) -> Config:
-    """Read a parsed configuration strictly.
+    """Read a parsed configuration.
 
     Raises:
-        SettingError: anything is unknown, missing, out of range, or not in this version.
+        SettingError: TNG refuses it too, or it would protect nothing.
     """
     if not isinstance(value, dict):
         raise SettingError(f"{where}: expected an object with add_ingress or add_egress")
     top = Section(value, where=where)
-    _refuse_later(top, _LATER_TOP)
-    warnings: list[str] = []
+    notes = Notes()
+    telemetry = parse_telemetry(top, notes)
     ingress = tuple(
-        _ingress(Section(entry, where=f"{where} add_ingress[{index}]"), index)
-        for index, entry in enumerate(_entries(value, "add_ingress", where))
+        _ingress(Section(entry, where=f"add_ingress[{index}]"), index, notes)
+        for index, entry in enumerate(_entries(top, "add_ingress"))
     )
     egress = tuple(
-        _egress(Section(entry, where=f"{where} add_egress[{index}]"), index, warnings)
-        for index, entry in enumerate(_entries(value, "add_egress", where))
+        _egress(Section(entry, where=f"add_egress[{index}]"), index, notes)
+        for index, entry in enumerate(_entries(top, "add_egress"))
     )
-    control = _control(top.section("control_interface"))
-    top.finish(("add_ingress", "add_egress"))
+    top.finish()
     if not ingress and not egress:
         raise SettingError(
             f"{where}: nothing to do", hint="give at least one entry of add_ingress or add_egress"
         )
-    return Config(ingress, egress, control, tuple(warnings))
+    return Config(ingress, egress, telemetry, notes.all())
 
 
-def _ingress(entry: Section, index: int) -> HttpProxyIngress | MappingIngress:
-    mode = _mode(entry, "ingress")
-    if entry.has("attest"):
-        raise SettingError(f"{entry.where}: attest (a client that proves itself) is {NOT_YET}")
-    verify = _verify(entry)
+def _ingress(entry: Section, index: int, notes: Notes) -> Ingress:
+    mode = parse_ingress_mode(entry, notes)
+    trust = parse_trust(entry, notes)
+    if trust.verify is None and trust.attest is not None:
+        notes.add(NoteKind.CLEAR, entry.where, "without verify it sends to whoever answers")
+    if entry.flag("web_page_inject", default=False):
+        raise SettingError(f"{entry.where}: web_page_inject is not done by any version")
+    transport = parse_transport(entry, notes, egress=False)
     padding = _padding(entry)
-    body = entry.section(mode)
-    assert body is not None  # noqa: S101 - _mode has seen it
     entry.finish()
-    name = f"ingress[{index}]"
-    if mode == "mapping":
-        rules = tuple((listen, _remote(target, body)) for listen, target in parse_rules(body))
-        return MappingIngress(name, rules, verify, padding)
-    listen_section = body.section("proxy_listen")
-    if listen_section is None:
-        raise SettingError(f"{body.where}: proxy_listen is missing", hint='give {"port": 41000}')
-    # Stock TNG listens on every interface by default; an open proxy is never meant.
-    listen = parse_endpoint(listen_section, default_host="127.0.0.1")
-    if body.has("dst_filters") and body.has("dst_filter"):
-        raise SettingError(f"{body.where}: dst_filters and dst_filter are the same setting")
-    raw = body.raw("dst_filters") if body.has("dst_filters") else body.raw("dst_filter")
-    filters = parse_filters(raw, where=f"{body.where}.dst_filters")
-    body.finish()
-    return HttpProxyIngress(name, listen, filters, verify, padding)
+    return Ingress(f"ingress[{index}]", mode, transport, trust, padding)
 
 
-def _remote(target: Upstream, body: Section) -> TcpUpstream:
-    if isinstance(target, TcpUpstream):
-        return target
-    raise SettingError(f"{body.where}: an ingress leads to a host and port, not to a Unix socket")
-
-
-def _egress(entry: Section, index: int, warnings: list[str]) -> EgressMapping:
-    mode = _mode(entry, "egress")
-    if entry.has("verify"):
-        raise SettingError(f"{entry.where}: verify (demanding proof of clients) is {NOT_YET}")
-    attest = _attest(entry, warnings)
-    padding = _padding(entry)
+def _egress(entry: Section, index: int, notes: Notes) -> Egress:
+    mode = parse_egress_mode(entry, notes)
+    trust = parse_trust(entry, notes)
+    transport = parse_transport(entry, notes, egress=True)
+    direct = _direct(entry, notes)
     remote = entry.flag("unsafe_remote_upstream", default=False)
-    body = entry.section(mode)
-    assert body is not None  # noqa: S101 - _mode has seen it
+    padding = _padding(entry)
     entry.finish()
-    rules = tuple(parse_rules(body))
-    for _listen, upstream in rules:
-        if isinstance(upstream, TcpUpstream) and not _is_loopback(upstream.host) and not remote:
-            raise SettingError(
-                f"{body.where}: upstream {upstream} is not of this guest: it would get the "
-                "plain text over a network",
-                hint="use loopback or a Unix socket, or say unsafe_remote_upstream: true",
-            )
-    unsafe = ("unsafe_remote_upstream",) if remote else ()
-    return EgressMapping(f"egress[{index}]", rules, attest, padding, unsafe)
+    if isinstance(mode, Mapping) and not remote:
+        _demand_local(mode, entry.where, notes)
+    return Egress(f"egress[{index}]", mode, transport, trust, padding, direct, remote)
 
 
-def _mode(entry: Section, kind: str) -> str:
-    for later in _LATER_MODES[kind]:
-        if entry.has(later):
-            raise SettingError(
-                f"{entry.where}: mode {later} is {NOT_YET}",
-                hint=f"modes of this version: {', '.join(_MODES[kind])}",
-            )
-    _refuse_later(entry, _LATER_KEYS)
-    found = [mode for mode in _MODES[kind] if entry.has(mode)]
-    if len(found) != 1:
+def _demand_local(mode: Mapping, where: str, notes: Notes) -> None:
+    for rule in mode.rules:
+        for target in rule.targets:
+            if isinstance(target, TcpUpstream) and not is_loopback(target.host):
+                notes.add(
+                    NoteKind.REFUSED, where,
+                    f"the backend {target} is not of this guest: it would get the plain text over "
+                    "a network; use loopback or a Unix socket, or say unsafe_remote_upstream: true",
+                )  # fmt: skip
+                return
+
+
+def _direct(entry: Section, notes: Notes) -> tuple[re.Pattern[str], ...]:
+    raw = entry.raw("direct_forward")
+    old = entry.section("ohttp") or entry.section("decap_from_http")
+    older = old.raw("allow_non_tng_traffic_regexes") if old is not None else None
+    if raw is not None and older is not None:
         raise SettingError(
-            f"{entry.where}: {'more than one mode' if found else 'no mode'}",
-            hint=f"give exactly one of: {', '.join(_MODES[kind])}",
+            f"{entry.where}: direct_forward and allow_non_tng_traffic_regexes exclude each other"
         )
-    return found[0]
-
-
-def _refuse_later(section: Section, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = section.raw(name)
-        # An explicit "off" asks for nothing that this version would have to do.
-        if value is not None and value is not False:
-            raise SettingError(f"{section.where}: {name} is {NOT_YET}")
+    if not isinstance(raw if raw is not None else [], list):
+        raise SettingError(f"{entry.where}: direct_forward must be a list")
+    patterns: list[re.Pattern[str]] = []
+    for index, item in enumerate(raw or []):
+        rule = Section(item, where=f"{entry.where}.direct_forward[{index}]")
+        patterns.append(compile_pattern(rule.text("http_path"), f"{rule.where}: http_path"))
+        rule.finish()
+    patterns += [compile_pattern(text, entry.where) for text in older or []]
+    if patterns:
+        notes.add(
+            NoteKind.CLEAR, entry.where,
+            "plain requests whose whole path matches direct_forward are answered unprotected",
+        )  # fmt: skip
+    return tuple(patterns)
 
 
 def _padding(entry: Section) -> bool:
@@ -274,156 +214,9 @@ def _padding(entry: Section) -> bool:
     return value == "bucket"
 
 
-def _verify(entry: Section) -> Verify:
-    verify = entry.section("verify")
-    if verify is None:
-        raise SettingError(
-            f"{entry.where}: verify is missing, and an ingress that checks nobody is {NOT_YET}",
-            hint='give {"as_type": "builtin", "policy": FILE}',
-        )
-    for name, only in (("model", "background_check"), ("as_provider", "coco")):
-        value = verify.text(name, only)
-        if value != only:
-            raise SettingError(f"{verify.where}: {name} {value!r} is {NOT_YET}")
-    _refuse_later(verify, _LATER_VERIFY)
-    kind = verify.text("as_type", "restful")
-    binding = verify.text("binding", "session")
-    if binding not in ("session", "auto"):
-        raise SettingError(
-            f"{verify.where}: binding {binding!r} is {NOT_YET}", hint="binding is 'session'"
-        )
-    if kind == "builtin":
-        return _builtin(verify)
-    if kind == "restful":
-        return _service(verify)
-    if kind == "grpc":
-        raise SettingError(f"{verify.where}: as_type 'grpc' is {NOT_YET}")
-    raise SettingError(
-        f"{verify.where}: as_type is {kind!r}, expected 'builtin' or 'restful'",
-        hint=suggestion(kind, ("builtin", "restful", "grpc")),
-    )
-
-
-def _builtin(verify: Section) -> BuiltinVerify:
-    if not verify.has("policy"):
-        raise SettingError(
-            f"{verify.where}: policy is missing, and without one nothing is accepted",
-            hint="give the verification policy file of the guest you expect",
-        )
-    expect = verify.section("expect")
-    result = BuiltinVerify(
-        policy=Path(verify.text("policy")),
-        collateral=Path(verify.text("collateral")) if verify.has("collateral") else None,
-        simulated_root=(
-            Path(verify.text("unsafe_simulated_root"))
-            if verify.has("unsafe_simulated_root")
-            else None
-        ),
-        expect=_expectation(expect) if expect else Expectation(),
-        rims=Path(verify.text("rims")) if verify.has("rims") else None,
-        ocsp=Path(verify.text("ocsp")) if verify.has("ocsp") else None,
-    )
-    verify.finish()
-    return result
-
-
-def _expectation(expect: Section) -> Expectation:
-    sizes = {"launch": 48, "owner": 32, "model_root": 32, "content_root": 32}
-    values = {name: expect.text(name, "") for name in (*sizes, "service")}
-    expect.finish()
-    for name, size in sizes.items():
-        # An empty value would read as "not asked": whoever names a member asks for it.
-        value = values[name]
-        if expect.has(name) and (
-            len(value) != 2 * size or not set(value) <= set("0123456789abcdef")
-        ):
-            raise SettingError(
-                f"{expect.where}: {name} must be {2 * size} lower-case hex digits"
-            )
-    if expect.has("service") and not values["service"]:
-        raise SettingError(f"{expect.where}: service must not be empty")
-    return Expectation(**values)
-
-
-def _service(verify: Section) -> ServiceVerify:
-    address = verify.text("as_addr")
-    parts = _url(address)
-    if parts is None:
-        raise SettingError(f"{verify.where}: as_addr {address!r} is not an http or https URL")
-    if not verify.has("policy_ids"):
-        raise SettingError(
-            f"{verify.where}: policy_ids is missing", hint='give ["default"], or [] for any policy'
-        )
-    policies = tuple(verify.texts("policy_ids"))
-    headers = verify.raw("as_headers") or {}
-    if not isinstance(headers, dict) or not all(isinstance(v, str) for v in headers.values()):
-        raise SettingError(f"{verify.where}: as_headers must map names to strings")
-    verify.finish()
-    base = address if address.endswith("/") else address + "/"
-    return ServiceVerify(base, policies, tuple(sorted(headers.items())))
-
-
-def _attest(entry: Section, warnings: list[str]) -> Attest:
-    attest = entry.section("attest")
-    if attest is None:
-        raise SettingError(
-            f"{entry.where}: attest is missing, and an egress that proves nothing is {NOT_YET}",
-            hint='give {"aa_addr": "unix:///path/to/channel.sock"}',
-        )
-    _refuse_later(attest, ("no_ra",))
-    for name, only in (
-        ("model", "background_check"), ("aa_provider", "coco"), ("aa_type", "uds"),
-    ):  # fmt: skip
-        value = attest.text(name, only)
-        if value != only:
-            raise SettingError(f"{attest.where}: {name} {value!r} is {NOT_YET}")
-    if attest.has("refresh_interval"):
-        warnings.append(
-            f"{attest.where}: refresh_interval has no effect: every session is proven anew"
-        )
-    address = attest.text("aa_addr")
-    if not address.startswith("unix:///"):
-        raise SettingError(
-            f"{attest.where}: aa_addr is {address!r}", hint="it starts with unix:///"
-        )
-    attest.finish()
-    return Attest(Path(address.removeprefix("unix://")))
-
-
-def _control(control: Section | None) -> Endpoint | None:
-    if control is None:
-        return None
-    if control.has("ttrpc"):
-        raise SettingError(f"{control.where}: ttrpc is {NOT_YET}", hint="use restful")
-    restful = control.section("restful")
-    control.finish()
-    if restful is None:
-        raise SettingError(f"{control.where}: restful is missing", hint='give {"port": 50000}')
-    return parse_endpoint(restful, default_host="127.0.0.1")
-
-
-def _entries(value: dict[str, Any], name: str, where: str) -> list[Any]:
+def _entries(top: Section, name: str) -> list[Any]:
     # Unlike elsewhere in the schema, a null is not an absent list.
-    raw = value.get(name, [])
+    raw = top.raw(name) if top.holds(name) else []
     if not isinstance(raw, list) or len(raw) > MAX_ENTRIES:
-        raise SettingError(f"{where}: {name} must be a list of at most {MAX_ENTRIES} entries")
+        raise SettingError(f"{top.where}: {name} must be a list of at most {MAX_ENTRIES} entries")
     return raw
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _url(text: str) -> Any:
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        return None
-    plain = text.isprintable() and not parts.query and not parts.fragment and not parts.username
-    return parts if usable and plain and " " not in text else None

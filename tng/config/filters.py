@@ -13,6 +13,8 @@ from typing import Any
 
 from cai.errors import SettingError
 from cai.settings import Section
+from tng.config.notes import NoteKind, Notes
+from tng.config.patterns import compile_pattern
 
 MAX_FILTERS = 256
 """Most filters of one entry."""
@@ -70,7 +72,7 @@ class Filter:
         return self.domain is not None and "*" not in self.domain and self.domain == host
 
 
-def parse_filters(raw: Any, *, where: str) -> tuple[Filter, ...]:
+def parse_filters(raw: Any, *, where: str, notes: Notes) -> tuple[Filter, ...]:
     """One filter or a list of them.
 
     Raises:
@@ -82,33 +84,33 @@ def parse_filters(raw: Any, *, where: str) -> tuple[Filter, ...]:
     if len(items) > MAX_FILTERS:
         raise SettingError(f"{where}: {len(items)} filters, at most {MAX_FILTERS}")
     return tuple(
-        _parse(Section(item, where=f"{where}[{index}]")) for index, item in enumerate(items)
+        _parse(Section(item, where=f"{where}[{index}]"), notes) for index, item in enumerate(items)
     )
 
 
-def _parse(section: Section) -> Filter:
+def _parse(section: Section, notes: Notes) -> Filter:
     hosts = [
         name for name in ("domain", "domain_regex", "ip", "ip_cidr") if section.has(name)
     ]
-    if len(hosts) > 1:
-        raise SettingError(f"{section.where}: {hosts[0]} and {hosts[1]} exclude each other")
     first, last = _ports(section)
-    section.finish(hosts)
-    if not hosts and first is None:
-        raise SettingError(
-            f"{section.where}: the filter names nothing",
-            hint='give domain, domain_regex, ip, ip_cidr or port; "domain": "*" means everything',
-        )
+    notes.ignore_unknown(section, hosts)
+    if first is None:
+        notes.add(NoteKind.VERSION, section.where, "means any port; TNG up to 2.6 reads port 80")
+    if len(hosts) > 1:
+        notes.add(NoteKind.IGNORED, section.where, f"{hosts[0]} is used, {hosts[1]} is not")
     if not hosts:
+        if first is None:
+            notes.add(NoteKind.VERSION, section.where, "names nothing, so it matches everything")
         return Filter(first_port=first, last_port=last)
     value = section.text(hosts[0])
     if hosts[0] == "domain":
         return Filter(domain=_domain(value, section.where), first_port=first, last_port=last)
     if hosts[0] == "domain_regex":
-        try:
-            pattern = re.compile(value, re.IGNORECASE)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise SettingError(f"{section.where}: domain_regex: {error}") from error
+        notes.add(
+            NoteKind.VERSION, section.where,
+            "domain_regex must match the whole name; TNG searches anywhere in it",
+        )  # fmt: skip
+        pattern = compile_pattern(value, f"{section.where}: domain_regex", flags=re.IGNORECASE)
         return Filter(regex=pattern, first_port=first, last_port=last)
     try:
         network = ipaddress.ip_network(value, strict=True)
@@ -124,7 +126,7 @@ def _ports(section: Section) -> tuple[int | None, int | None]:
         if section.has("port_end"):
             raise SettingError(f"{section.where}: port_end needs port")
         return None, None
-    first = section.integer("port", least=1, most=65535, unit="(a port)")
+    first = section.integer("port", least=0, most=65535, unit="(a port)")
     if not section.has("port_end"):
         return first, first
     return first, section.integer("port_end", least=first, most=65535, unit="(a port)")
@@ -132,7 +134,7 @@ def _ports(section: Section) -> tuple[int | None, int | None]:
 
 def _domain(value: str, where: str) -> str:
     inner = value[1:] if value.startswith("*") else value.removesuffix("*")
-    if "*" in inner or not value.strip() or value != value.strip():
+    if "*" in inner or value != value.strip():
         raise SettingError(
             f"{where}: domain {value!r}", hint="give a name, '*suffix', 'prefix*' or '*'"
         )

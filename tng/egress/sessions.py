@@ -13,7 +13,7 @@ from tng.channel.link import PlainRequest, accept
 from tng.channel.session import give_proof
 from tng.channel.streams import Channel, Stream
 from tng.channel.tls import ChannelKey, server_context
-from tng.config.entries import EgressMapping
+from tng.config.trust import Attest
 from tng.operation.journal import Journal, endpoint_text
 from tng.streams import Backend, Caller
 
@@ -25,17 +25,26 @@ class SessionEgress:
     """One egress entry's sessions.
 
     Args:
-        settings: the entry.
+        name: of the entry.
+        attest: how this end proves itself.
+        padding: whether DATA frames are padded.
         journal: where its lines go.
         agent: source of proofs; by default the agent behind ``attest.aa_addr``.
     """
 
     def __init__(
-        self, settings: EgressMapping, journal: Journal, agent: ChannelAgent | None = None
+        self,
+        name: str,
+        attest: Attest,
+        *,
+        padding: bool,
+        journal: Journal,
+        agent: ChannelAgent | None = None,
     ) -> None:
-        self._settings = settings
+        self._name = name
+        self._padding = padding
         self._journal = journal
-        self._agent = agent or ChannelAgent(settings.attest.socket)
+        self._agent = agent or ChannelAgent(attest.socket)
         self._key = ChannelKey()
         self._context = server_context(self._key)
         self._channels: set[Channel] = set()
@@ -46,7 +55,7 @@ class SessionEgress:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, backend: Backend
     ) -> None:
         """Serve one client connection to its end."""
-        peer = f"{self._settings.name} {endpoint_text(writer.get_extra_info('peername'))}"
+        peer = f"{self._name} {endpoint_text(writer.get_extra_info('peername'))}"
         if self._sessions >= MAX_SESSIONS or self._leaving:
             writer.close()
             self._journal.line(f"{peer} refused: {MAX_SESSIONS} sessions are open")
@@ -94,7 +103,7 @@ class SessionEgress:
         peer: str,
         started: float,
     ) -> None:
-        link = await accept(reader, writer, self._context, padding=self._settings.padding)
+        link = await accept(reader, writer, self._context, padding=self._padding)
         await give_proof(link, self._key.spki, self._prove)
         elapsed = 1000 * (time.monotonic() - started)
         self._journal.line(f"{peer} session proven in {elapsed:.0f} ms")

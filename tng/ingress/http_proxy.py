@@ -16,7 +16,7 @@ from http import HTTPStatus
 import h11
 
 from cai.errors import CaiError, PeerError
-from tng.config.entries import HttpProxyIngress
+from tng.config.modes import HttpProxy as HttpProxySettings
 from tng.ingress.http1 import (
     MAX_HEAD,
     ClientConnection,
@@ -46,12 +46,16 @@ class HttpProxy:
     """One `http_proxy` entry.
 
     Args:
-        settings: the entry.
+        name: of the entry.
+        settings: its mode.
         peers: its attested peers.
         journal: where its lines go.
     """
 
-    def __init__(self, settings: HttpProxyIngress, peers: Peers, journal: Journal) -> None:
+    def __init__(
+        self, name: str, settings: HttpProxySettings, peers: Peers, journal: Journal
+    ) -> None:
+        self._name = name
         self._settings = settings
         self._peers = peers
         self._journal = journal
@@ -168,7 +172,7 @@ class HttpProxy:
         elapsed = 1000 * (time.monotonic() - started)
         mark = f", attested {_text(_attested(proven))}" if proven else ""
         self._journal.line(
-            f"{self._settings.name} {what} -> {status}, {elapsed:.0f} ms{mark}"
+            f"{self._name} {what} -> {status}, {elapsed:.0f} ms{mark}"
         )
 
 

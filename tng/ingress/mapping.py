@@ -13,7 +13,6 @@ import time
 
 from cai.errors import CaiError, PeerError
 from tng.config.addresses import TcpUpstream
-from tng.config.entries import MappingIngress
 from tng.operation.journal import Journal, endpoint_text
 from tng.peers.destination import Destination
 from tng.relay import relay
@@ -32,13 +31,13 @@ class PortMapping:
     """One ingress `mapping` entry.
 
     Args:
-        settings: the entry.
+        name: of the entry.
         peers: its attested peers.
         journal: where its lines go.
     """
 
-    def __init__(self, settings: MappingIngress, peers: Peers, journal: Journal) -> None:
-        self._settings = settings
+    def __init__(self, name: str, peers: Peers, journal: Journal) -> None:
+        self._name = name
         self._peers = peers
         self._journal = journal
         self._clients = 0
@@ -53,7 +52,7 @@ class PortMapping:
         self._clients += 1
         destination = Destination(target.host.lower(), target.port)
         client = endpoint_text(writer.get_extra_info("peername"))
-        what = f"{self._settings.name} {client} to {destination}"
+        what = f"{self._name} {client} to {destination}"
         started = time.monotonic()
         try:
             sent, received = await self._carry(reader, writer, destination)

@@ -9,16 +9,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from cai.attest.agent_client import ChannelAgent
-from cai.errors import ListenerFailed
-from tng.config.addresses import Endpoint
-from tng.config.entries import Config, EgressMapping, HttpProxyIngress, MappingIngress
-from tng.egress.raw import RawBackend
-from tng.egress.sessions import SessionEgress
+from cai.errors import ListenerFailed, SettingError
+from tng.config import modes
+from tng.config.addresses import Endpoint, TcpUpstream, Upstream
+from tng.config.entries import Config, Egress, Ingress
 from tng.ingress.http_proxy import HttpProxy
 from tng.ingress.mapping import PortMapping
+from tng.operation.assembly import make_acceptor, make_backend, make_peers
 from tng.operation.control import Control
 from tng.operation.journal import Journal
-from tng.peers.pool import SessionPeers
 
 DRAIN_S = 10.0
 """How long running requests may go on after the gateway was asked to stop, seconds."""
@@ -38,12 +37,14 @@ class Gateway:
         agent: source of proofs for every egress; by default each entry's own.
 
     Raises:
+        SettingError: the configuration asks for something that this gateway does not do.
         CaiError: a file that the configuration names is missing or malformed.
     """
 
     def __init__(
         self, config: Config, journal: Journal, agent: ChannelAgent | None = None
     ) -> None:
+        config.require_served()
         self._config = config
         self._journal = journal
         self._servers: list[asyncio.Server] = []
@@ -53,18 +54,10 @@ class Gateway:
         self._listen: dict[str, list[str]] = {}
         self._proxies: list[HttpProxy] = []
         self._peers = {
-            entry.name: SessionPeers(
-                entry.name,
-                entry.verify,
-                filters=entry.filters if isinstance(entry, HttpProxyIngress) else (),
-                padding=entry.padding,
-                journal=journal,
-                own=lambda: self._own,
-            )
-            for entry in config.ingress
+            entry.name: make_peers(entry, journal, lambda: self._own) for entry in config.ingress
         }
-        self._egress = {
-            entry.name: SessionEgress(entry, journal, agent) for entry in config.egress
+        self._acceptors = {
+            entry.name: make_acceptor(entry, journal, agent) for entry in config.egress
         }
 
     async def start(self) -> dict[str, list[str]]:
@@ -72,15 +65,17 @@ class Gateway:
 
         Raises:
             ListenerFailed: one cannot be opened; none is left open.
+            SettingError: a mode that is not in this version.
         """
         try:
-            for entry in self._config.ingress:
-                await self._start_ingress(entry)
+            for ingress in self._config.ingress:
+                await self._start_ingress(ingress)
             for egress in self._config.egress:
                 await self._start_egress(egress)
-            if self._config.control:
+            where = self._config.telemetry.control
+            if where:
                 control = Control(lambda: not self._leaving, self.status)
-                await self._open("control_interface", self._config.control, control.serve)
+                await self._open("control_interface", where, control.serve)
         except BaseException:
             await self.close()
             raise
@@ -90,7 +85,8 @@ class Gateway:
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
         found = [name for peers in self._peers.values() for name in peers.unsafe]
-        found += [name for entry in self._config.egress for name in entry.unsafe]
+        found += [name for ingress in self._config.ingress for name in ingress.unsafe]
+        found += [name for egress in self._config.egress for name in egress.unsafe]
         return tuple(dict.fromkeys(found))
 
     def status(self) -> dict[str, object]:
@@ -102,8 +98,8 @@ class Gateway:
             "ingress": {name: peers.status() for name, peers in self._peers.items()},
             "egress": {
                 entry.name: {
-                    "mode": "mapping",
-                    **self._egress[entry.name].status(),
+                    "mode": type(entry.mode).__name__.lower(),
+                    **self._acceptors[entry.name].status(),
                     "unsafe": list(entry.unsafe),
                 }
                 for entry in self._config.egress
@@ -117,8 +113,8 @@ class Gateway:
             server.close()
         for proxy in self._proxies:
             proxy.leave()
-        for egress in self._egress.values():
-            egress.leave()
+        for acceptor in self._acceptors.values():
+            acceptor.leave()
         for peers in self._peers.values():
             peers.leave()
         if self._connections:
@@ -135,29 +131,33 @@ class Gateway:
         await asyncio.gather(*self._connections, return_exceptions=True)
         for peers in self._peers.values():
             await peers.close()
-        for egress in self._egress.values():
-            await egress.close()
+        for acceptor in self._acceptors.values():
+            await acceptor.close()
 
-    async def _start_ingress(self, entry: HttpProxyIngress | MappingIngress) -> None:
+    async def _start_ingress(self, entry: Ingress) -> None:
         peers = self._peers[entry.name]
-        if isinstance(entry, HttpProxyIngress):
-            proxy = HttpProxy(entry, peers, self._journal)
+        if isinstance(entry.mode, modes.HttpProxy):
+            if entry.mode.direct:
+                raise SettingError(f"{entry.name}: on_mismatch: direct is not in this version")
+            proxy = HttpProxy(entry.name, entry.mode, peers, self._journal)
             self._proxies.append(proxy)
-            await self._open(entry.name, entry.listen, proxy.serve)
-            return
-        mapping = PortMapping(entry, peers, self._journal)
-        for listen, target in entry.rules:
-            await self._open(
-                entry.name, listen, functools.partial(mapping.serve, target=target)
-            )
+            await self._open(entry.name, entry.mode.listen, proxy.serve)
+        elif isinstance(entry.mode, modes.Mapping):
+            mapping = PortMapping(entry.name, peers, self._journal)
+            for rule in entry.mode.rules:
+                serve = functools.partial(mapping.serve, target=_remote(entry.name, rule.targets))
+                await self._open(entry.name, rule.listen, serve)
+        else:
+            raise SettingError(f"{entry.name}: this mode is not in this version")
 
-    async def _start_egress(self, entry: EgressMapping) -> None:
-        egress = self._egress[entry.name]
-        for listen, upstream in entry.rules:
-            backend = RawBackend(upstream, self._journal, entry.unsafe)
-            await self._open(
-                entry.name, listen, functools.partial(egress.serve, backend=backend)
-            )
+    async def _start_egress(self, entry: Egress) -> None:
+        acceptor = self._acceptors[entry.name]
+        if not isinstance(entry.mode, modes.Mapping):
+            raise SettingError(f"{entry.name}: this mode is not in this version")
+        for rule in entry.mode.rules:
+            backend = make_backend(entry, rule, self._journal)
+            serve = functools.partial(acceptor.serve, backend=backend)
+            await self._open(entry.name, rule.listen, serve)
 
     async def _open(self, name: str, where: Endpoint, serve: Serve) -> None:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -192,3 +192,12 @@ class Gateway:
             host, port = bound.getsockname()[:2]
             self._own.append((host.partition("%")[0], port))
             self._listen.setdefault(name, []).append(str(Endpoint(host, port)))
+
+
+def _remote(name: str, targets: tuple[Upstream, ...]) -> TcpUpstream:
+    target = targets[0]
+    if len(targets) > 1:
+        raise SettingError(f"{name}: several targets are not in this version")
+    if not isinstance(target, TcpUpstream):
+        raise SettingError(f"{name}: an ingress leads to a host and port, not to a Unix socket")
+    return target

@@ -24,7 +24,7 @@ from cai.errors import PeerError, PeerUnreachable
 from cai.settings import read_settings_file
 from tng.channel.handshake import Claim
 from tng.channel.streams import MAX_SESSION_AGE_S
-from tng.config.entries import BuiltinVerify, ServiceVerify
+from tng.config.trust import BuiltinVerify, ServiceVerify
 from tng.streams import Proven
 
 MIN_SESSION_AGE_S = 5.0

@@ -19,8 +19,8 @@ from tng.channel.link import Link, dial
 from tng.channel.session import demand_proof
 from tng.channel.streams import Channel, Stream
 from tng.channel.tls import client_context
-from tng.config.entries import ServiceVerify, Verify
 from tng.config.filters import Filter
+from tng.config.trust import ServiceVerify, Verify
 from tng.operation.journal import Journal
 from tng.peers.destination import Destination, resolve
 from tng.peers.judge import AppraisalElsewhere, BuiltinJudge, probe_service

@@ -1,0 +1,34 @@
+"""``tng launch``: run the gateway."""
+
+from __future__ import annotations
+
+import typer
+
+from cai import terminal as terminals
+from cai.terminal import JsonFlag
+from tng.cli.given import ConfigContent, ConfigFile, given_config
+
+
+def launch(
+    config_content: ConfigContent = None,
+    config_file: ConfigFile = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Run the gateway until SIGTERM or Ctrl-C.
+
+    Under --json one document is printed when every listener is open: {"ready": true, "listen":
+    {"ingress[0]": ["127.0.0.1:41000"]}, "unsafe": []}. One line a request goes to stderr.
+    """
+    import asyncio
+
+    config = given_config(config_content, config_file)
+    terminal = terminals.current()
+    config.require_served()
+    for note in config.notes:
+        terminal.warn(str(note))
+    from tng.operation.run import run
+
+    status = asyncio.run(run(config, terminal))
+    if status == 130:
+        raise KeyboardInterrupt
+    raise typer.Exit(status)
