@@ -12,7 +12,8 @@ from cai import merkle
 from cai.attest.verdict import Verdict
 from cai.errors import InputMissing
 from tests.tng.gateways import FakeAgent, World
-from tng.config.trust import BuiltinVerify, parse
+from tng.config.entries import parse
+from tng.config.trust import BuiltinVerify
 from tng.peers.judge import BuiltinJudge
 
 if TYPE_CHECKING:
