@@ -52,8 +52,8 @@ def verify_settings(world: World, references: Path, **more: object) -> BuiltinVe
         ]
     }
     (entry,) = parse(value, where="c").ingress
-    assert isinstance(entry.verify, BuiltinVerify)
-    return entry.verify
+    assert isinstance(entry.trust.verify, BuiltinVerify)
+    return entry.trust.verify
 
 
 def judged(world: World, agent: FakeAgent, settings: BuiltinVerify) -> Verdict:

@@ -1,6 +1,5 @@
-"""A TLS session over a socket: ciphertext on the asyncio side, frames on the other.
+"""Reaching a peer and being reached: TCP, then TLS, then frames.
 
-The edge between the sans-I/O parts (``tng.channel.tls``, ``tng.channel.frames``) and the network.
 It also tells a peer that proves nothing (plain text, another TLS, silence) from one that cannot be
 reached.
 """
@@ -11,12 +10,15 @@ import asyncio
 import contextlib
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from OpenSSL import SSL
 
 from cai.errors import PeerError, PeerUnreachable, PeerWithoutEvidence
 from tng.channel.frames import Frame, FrameDecoder, FrameType, encode, padding_for, reason
-from tng.channel.tls import TLS_HANDSHAKE, TlsSession
+from tng.channel.hello import TLS_HANDSHAKE, offered_protocols
+from tng.channel.pipe import READ_SIZE, TlsPipe
+from tng.channel.tls import ALPN, TlsSession
 from tng.streams import Code
 
 CONNECT_TIMEOUT_S = 5.0
@@ -27,8 +29,6 @@ TLS_TIMEOUT_S = 5.0
 
 MAX_UNSENT_CONTROL = 1024 * 1024
 """Most unsent bytes when a control frame is added without waiting; beyond them the link ends."""
-
-_READ_SIZE = 64 * 1024
 
 PLAIN_REQUEST_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\n"
@@ -48,35 +48,23 @@ class PlainRequest(PeerError):
 
 
 class Link:
-    """One end of an established TLS session.
+    """One end of an established session, as frames.
 
     Args:
-        reader: ciphertext in.
-        writer: ciphertext out.
-        tls: the session, its handshake done.
+        pipe: its TLS session, the handshake done.
         padding: whether DATA frames are padded to a bucket.
     """
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        tls: TlsSession,
-        *,
-        padding: bool,
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._tls = tls
+    def __init__(self, pipe: TlsPipe, *, padding: bool) -> None:
+        self._pipe = pipe
         self._padding = padding
         self._decoder = FrameDecoder()
         self._frames: deque[Frame] = deque()
-        self._closed = False
 
     @property
     def tls(self) -> TlsSession:
         """The session, for its exporter and the peer's key."""
-        return self._tls
+        return self._pipe.tls
 
     async def next_frame(self) -> Frame:
         """The next frame of the peer.
@@ -86,10 +74,9 @@ class Link:
             FormatError: the peer breaks the framing.
         """
         while not self._frames:
-            data = await self._read()
-            self._take(self._tls.receive(data))
-            # A key update asks for an answer that only TLS knows of.
-            self._flush()
+            plaintext = await self._pipe.receive()
+            if plaintext:
+                self._frames.extend(self._decoder.feed(plaintext))
         return self._frames.popleft()
 
     async def send(self, frame: Frame) -> None:
@@ -99,10 +86,7 @@ class Link:
             PeerError: the session has ended.
         """
         self._put(frame)
-        try:
-            await self._writer.drain()
-        except OSError as error:
-            raise PeerError("the connection broke") from error
+        await self._pipe.drain()
 
     def send_soon(self, frame: Frame) -> None:
         """Send a control frame without waiting; the reading side may never wait for writing.
@@ -111,7 +95,7 @@ class Link:
             PeerError: the session has ended, or the peer takes nothing any more.
         """
         self._put(frame)
-        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_CONTROL:
+        if self._pipe.unsent > MAX_UNSENT_CONTROL:
             self.abort()
             raise PeerError("the peer does not take what it asks for")
 
@@ -124,66 +108,17 @@ class Link:
 
     def close(self) -> None:
         """Close politely: close_notify, then the socket."""
-        if self._closed:
-            return
-        self._closed = True
-        self._tls.close()
-        if not self._writer.is_closing():
-            self._writer.write(self._tls.outgoing())
-            self._writer.close()
+        self._pipe.close()
 
     def abort(self) -> None:
         """Drop the socket at once."""
-        self._closed = True
-        self._writer.transport.abort()
+        self._pipe.abort()
 
     def _put(self, frame: Frame) -> None:
-        if self._closed or self._writer.is_closing():
-            raise PeerError("the session has ended")
         data = encode(frame)
         if self._padding and frame.type is FrameType.DATA:
             data += padding_for(len(data))
-        self._tls.send(data)
-        self._flush()
-
-    def _take(self, plaintext: bytes) -> None:
-        if plaintext:
-            self._frames.extend(self._decoder.feed(plaintext))
-
-    def _flush(self) -> None:
-        ciphertext = self._tls.outgoing()
-        if ciphertext:
-            self._writer.write(ciphertext)
-
-    async def _read(self) -> bytes:
-        try:
-            data = await self._reader.read(_READ_SIZE)
-        except OSError as error:
-            raise PeerError("the connection broke") from error
-        if not data:
-            raise PeerError("the peer closed the connection")
-        return data
-
-    async def shake(self, first: bytes) -> None:
-        """Run the TLS handshake; ``first`` is what has been read already.
-
-        Raises:
-            PeerWithoutEvidence: the peer's TLS is not that of spec-channel §2.
-            PeerError: the connection ended.
-        """
-        try:
-            data = first
-            while True:
-                if data:
-                    self._take(self._tls.receive(data))
-                self._flush()
-                if self._tls.established:
-                    return
-                data = await self._read()
-        finally:
-            # The alert that says why must leave, also when receive() raised.
-            if not self._writer.is_closing():
-                self._flush()
+        self._pipe.put(data)
 
 
 async def dial(
@@ -192,8 +127,8 @@ async def dial(
     context: SSL.Context,
     *,
     server_name: str | None,
-    padding: bool,
-) -> Link:
+    protocols: Sequence[bytes] = (ALPN,),
+) -> TlsPipe:
     """Connect to a peer and run the TLS handshake.
 
     Args:
@@ -201,11 +136,11 @@ async def dial(
         port: TCP port.
         context: of ``tng.channel.tls.client_context``.
         server_name: SNI, for a destination given by name.
-        padding: whether DATA frames are padded.
+        protocols: ALPN names of which the peer must choose one.
 
     Raises:
         PeerUnreachable: nothing answers there.
-        PeerWithoutEvidence: something answers, but not in TLS with ``cai/1``.
+        PeerWithoutEvidence: something answers, but not in TLS with one of these protocols.
     """
     where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
@@ -220,58 +155,69 @@ async def dial(
             f"peer {where} cannot be reached: {_reason(error)}",
             hint="check the address, and that the tng egress is running there",
         ) from error
-    tls = TlsSession(context, server=False, server_name=server_name)
-    link = Link(reader, writer, tls, padding=padding)
+    tls = TlsSession(context, server=False, server_name=server_name, protocols=protocols)
+    pipe = TlsPipe(reader, writer, tls)
     try:
         tls.start()
         async with asyncio.timeout(TLS_TIMEOUT_S):
-            await link.shake(b"")
+            await pipe.shake(b"")
     except TimeoutError as error:
-        link.abort()
+        pipe.abort()
         raise _no_evidence(where, f"it did not answer TLS within {TLS_TIMEOUT_S:g} s") from error
     except PeerError as error:
-        link.abort()
+        pipe.abort()
         raise _no_evidence(where, error.message) from error
     except BaseException:
-        link.abort()
+        pipe.abort()
         raise
-    return link
+    return pipe
 
 
 async def accept(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    context: SSL.Context,
-    *,
-    padding: bool,
-) -> Link:
+    choose: Callable[[tuple[bytes, ...]], tuple[SSL.Context, Sequence[bytes]]],
+) -> TlsPipe:
     """Run the TLS handshake with a client that has connected.
+
+    Args:
+        reader: from the client.
+        writer: to the client.
+        choose: gives the context, and the protocols it may choose, for the ALPN names that the
+            client offers; each dialect has a key of its own.
 
     Raises:
         PlainRequest: it sent something else than TLS; it has been told so.
         PeerError: it did not complete the handshake.
     """
-    tls = TlsSession(context, server=True)
-    link = Link(reader, writer, tls, padding=padding)
     try:
         async with asyncio.timeout(TLS_TIMEOUT_S):
-            first = await reader.read(_READ_SIZE)
+            first = await reader.read(READ_SIZE)
             if not first:
                 raise PeerError("the client connected and left")
             if first[0] != TLS_HANDSHAKE:
                 await _answer_plain(writer)
                 raise PlainRequest("a plain request came to an attested port")
-            await link.shake(first)
+            while (offered := offered_protocols(first)) is None:
+                more = await reader.read(READ_SIZE)
+                if not more:
+                    raise PeerError("the client left within its first message")
+                first += more
+            context, protocols = choose(offered)
+            pipe = TlsPipe(
+                reader, writer, TlsSession(context, server=True, protocols=protocols)
+            )
+            await pipe.shake(first)
     except TimeoutError as error:
-        link.abort()
+        writer.transport.abort()
         raise PeerError(f"no TLS handshake within {TLS_TIMEOUT_S:g} s") from error
     except OSError as error:
-        link.abort()
+        writer.transport.abort()
         raise PeerError("the connection broke") from error
     except BaseException:
         writer.close()
         raise
-    return link
+    return pipe
 
 
 async def _answer_plain(writer: asyncio.StreamWriter) -> None:

@@ -23,9 +23,6 @@ from tng.channel.handshake import EXPORTER_LABEL, EXPORTER_SIZE
 ALPN: Final = b"cai/1"
 """The only application protocol that is offered and accepted."""
 
-TLS_HANDSHAKE = 0x16
-"""First byte of every TLS connection: content type handshake (RFC 8446 §5.1)."""
-
 _READ_SIZE = 65536
 
 _TLS_1_3 = 0x0304
@@ -86,12 +83,19 @@ class TlsSession:
         context: of ``server_context`` or ``client_context``.
         server: which end this is.
         server_name: SNI of the client's end; none for an IP address.
+        protocols: ALPN names of which one must have been chosen; an empty one stands for none.
     """
 
     def __init__(
-        self, context: SSL.Context, *, server: bool, server_name: str | None = None
+        self,
+        context: SSL.Context,
+        *,
+        server: bool,
+        server_name: str | None = None,
+        protocols: Sequence[bytes] = (ALPN,),
     ) -> None:
         self._tls = SSL.Connection(context, None)
+        self._protocols = protocols
         if server:
             self._tls.set_accept_state()
         else:
@@ -165,6 +169,16 @@ class TlsSession:
         """The session's exporter value under the channel's label (spec-channel §4 step 3)."""
         return self._tls.export_keying_material(EXPORTER_LABEL, EXPORTER_SIZE, context)
 
+    @property
+    def protocol(self) -> bytes:
+        """The ALPN name that was chosen; empty when none was."""
+        return self._tls.get_alpn_proto_negotiated()
+
+    def peer_certificate(self) -> bytes | None:
+        """The certificate that the peer presented, DER."""
+        certificate = self._tls.get_peer_certificate(as_cryptography=True)
+        return certificate.public_bytes(Encoding.DER) if certificate else None
+
     def peer_spki(self) -> bytes:
         """DER SubjectPublicKeyInfo of the certificate that the peer presented.
 
@@ -186,12 +200,15 @@ class TlsSession:
         except SSL.WantReadError:
             return
         except _NoCommonProtocol as error:
-            raise PeerWithoutEvidence("the peer offers TLS without cai/1") from error
+            raise PeerWithoutEvidence(
+                "the peer offers TLS without a protocol of this gateway"
+            ) from error
         except SSL.Error as error:
             raise _handshake_error(error) from error
         # A peer without ALPN passes OpenSSL's own handshake; here it does not.
-        if self._tls.get_alpn_proto_negotiated() != ALPN:
-            raise PeerWithoutEvidence("the peer speaks TLS, but not cai/1")
+        if self.protocol not in self._protocols:
+            names = " or ".join(name.decode("ascii") for name in self._protocols if name)
+            raise PeerWithoutEvidence(f"the peer speaks TLS, but not {names}")
         if self._tls.get_protocol_version() != _TLS_1_3:
             raise PeerWithoutEvidence("the peer speaks an older TLS")
         self.established = True

@@ -9,10 +9,10 @@ import time
 from cai.attest.agent_client import ChannelAgent
 from cai.attest.channel import ChannelEvidence
 from cai.errors import CaiError
-from tng.channel.link import PlainRequest, accept
+from tng.channel.link import Link, PlainRequest, accept
 from tng.channel.session import give_proof
 from tng.channel.streams import Channel, Stream
-from tng.channel.tls import ChannelKey, server_context
+from tng.channel.tls import ALPN, ChannelKey, server_context
 from tng.config.trust import Attest
 from tng.operation.journal import Journal, endpoint_text
 from tng.streams import Backend, Caller
@@ -103,7 +103,8 @@ class SessionEgress:
         peer: str,
         started: float,
     ) -> None:
-        link = await accept(reader, writer, self._context, padding=self._padding)
+        pipe = await accept(reader, writer, lambda _offered: (self._context, (ALPN,)))
+        link = Link(pipe, padding=self._padding)
         await give_proof(link, self._key.spki, self._prove)
         elapsed = 1000 * (time.monotonic() - started)
         self._journal.line(f"{peer} session proven in {elapsed:.0f} ms")

@@ -218,13 +218,8 @@ class SessionPeers:
         unreachable: PeerUnreachable | None = None
         for address in addresses:
             try:
-                return await dial(
-                    address,
-                    destination.port,
-                    self._context,
-                    server_name=name,
-                    padding=self._padding,
-                )
+                pipe = await dial(address, destination.port, self._context, server_name=name)
+                return Link(pipe, padding=self._padding)
             except PeerUnreachable as error:
                 # A name may stand for both address families while the peer listens on one.
                 unreachable = unreachable or error
