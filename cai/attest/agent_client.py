@@ -8,6 +8,7 @@ its own choosing (decisions §2.2).
 from __future__ import annotations
 
 import asyncio
+from enum import StrEnum
 from pathlib import Path
 
 from cai.attest import ttrpc
@@ -17,6 +18,9 @@ from cai.merkle import HASH_SIZE
 
 CHANNEL_SERVICE = "cai.agent.v1.ChannelService"
 """Served on the channel socket only."""
+
+STOCK_SERVICE = "attestation_agent.AttestationAgentService"
+"""The stock attestation agent's service."""
 
 PROVE = "Prove"
 """Request field 1: leaf hash, 32 bytes. Response field 1: encoded channel evidence."""
@@ -54,7 +58,7 @@ class ChannelAgent:
         )
         try:
             async with asyncio.timeout(PROOF_WAIT_S):
-                response = await _call(self._socket, request)
+                response = await call(self._socket, request)
         except (OSError, EOFError, TimeoutError) as error:
             raise PeerUnreachable(
                 f"attestation agent at {self._socket} does not answer",
@@ -66,6 +70,39 @@ class ChannelAgent:
         if not isinstance(encoded, bytes):
             raise FormatError("attestation agent: answer without evidence")
         return ChannelEvidence.decode(encoded)
+
+
+class Dialect(StrEnum):
+    """How an agent lets a gateway prove itself."""
+
+    SESSION = "cai/1"
+    STOCK = "rats-tls"
+
+
+async def dialects_of(socket: Path) -> frozenset[Dialect]:
+    """Which dialects the agent behind a socket serves; no quote is made for this.
+
+    Raises:
+        PeerUnreachable: no agent answers.
+        FormatError, LimitExceeded: an answer is malformed.
+    """
+    served = set()
+    for dialect, service, method in (
+        (Dialect.SESSION, CHANNEL_SERVICE, PROVE),
+        (Dialect.STOCK, STOCK_SERVICE, "GetTeeType"),
+    ):
+        try:
+            async with asyncio.timeout(PROOF_WAIT_S):
+                response = await call(socket, ttrpc.Request(service, method, b""))
+        except (OSError, EOFError, TimeoutError) as error:
+            raise PeerUnreachable(
+                f"attestation agent at {socket} does not answer",
+                hint="start it with `cai host up`",
+            ) from error
+        # An agent that knows the method finds the empty request wrong; another does not know it.
+        if response.status in (ttrpc.Status.OK, ttrpc.Status.INVALID_ARGUMENT):
+            served.add(dialect)
+    return frozenset(served)
 
 
 def parse_prove(payload: bytes) -> bytes:
@@ -80,7 +117,13 @@ def parse_prove(payload: bytes) -> bytes:
     return leaf
 
 
-async def _call(socket: Path, request: ttrpc.Request) -> ttrpc.Response:
+async def call(socket: Path, request: ttrpc.Request) -> ttrpc.Response:
+    """One call on a socket of its own connection; the caller bounds the time.
+
+    Raises:
+        OSError, EOFError: nobody answers.
+        FormatError, LimitExceeded: the answer is malformed.
+    """
     reader, writer = await asyncio.open_unix_connection(str(socket))
     try:
         payload = request.encode()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from OpenSSL import SSL
 
@@ -176,7 +176,7 @@ async def dial(
 async def accept(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    choose: Callable[[tuple[bytes, ...]], tuple[SSL.Context, Sequence[bytes]]],
+    choose: Callable[[tuple[bytes, ...]], Awaitable[tuple[SSL.Context, Sequence[bytes]]]],
 ) -> TlsPipe:
     """Run the TLS handshake with a client that has connected.
 
@@ -203,7 +203,7 @@ async def accept(
                 if not more:
                     raise PeerError("the client left within its first message")
                 first += more
-            context, protocols = choose(offered)
+            context, protocols = await choose(offered)
             pipe = TlsPipe(
                 reader, writer, TlsSession(context, server=True, protocols=protocols)
             )

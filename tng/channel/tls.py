@@ -29,7 +29,7 @@ _TLS_1_3 = 0x0304
 """Protocol version number (RFC 8446 §4.2.1)."""
 
 
-class _NoCommonProtocol(Exception):
+class NoCommonProtocol(Exception):
     """Raised inside the ALPN callback, which makes OpenSSL send alert 120 and end the handshake."""
 
 
@@ -63,7 +63,7 @@ class ChannelKey:
 
 def server_context(key: ChannelKey) -> SSL.Context:
     """The context of an egress: TLS 1.3, ALPN ``cai/1`` or alert 120, nothing to resume."""
-    context = _context()
+    context = new_context()
     key.install(context)
     context.set_alpn_select_callback(_select)
     return context
@@ -71,9 +71,15 @@ def server_context(key: ChannelKey) -> SSL.Context:
 
 def client_context() -> SSL.Context:
     """The context of an ingress. Any certificate passes here: the proof decides."""
-    context = _context()
+    context = new_context()
     context.set_alpn_protos([ALPN])
     return context
+
+
+class SessionClosed(PeerError):
+    """The peer ended its direction properly, with close_notify."""
+
+    code = "session-closed"
 
 
 class TlsSession:
@@ -130,7 +136,7 @@ class TlsSession:
                 if parts:
                     # What came before the close is still delivered; the close is met again.
                     return b"".join(parts)
-                raise PeerError("the peer closed the session") from error
+                raise SessionClosed("the peer closed the session") from error
             except SSL.Error as error:
                 raise PeerError(f"TLS: {_describe(error)}") from error
 
@@ -199,7 +205,7 @@ class TlsSession:
             self._tls.do_handshake()
         except SSL.WantReadError:
             return
-        except _NoCommonProtocol as error:
+        except NoCommonProtocol as error:
             raise PeerWithoutEvidence(
                 "the peer offers TLS without a protocol of this gateway"
             ) from error
@@ -214,7 +220,8 @@ class TlsSession:
         self.established = True
 
 
-def _context() -> SSL.Context:
+def new_context() -> SSL.Context:
+    """TLS 1.3 only, nothing to resume, no early data."""
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     context.set_max_proto_version(SSL.TLS1_3_VERSION)
@@ -226,7 +233,7 @@ def _context() -> SSL.Context:
 
 def _select(_connection: SSL.Connection, offered: Sequence[bytes]) -> bytes:
     if ALPN not in offered:
-        raise _NoCommonProtocol
+        raise NoCommonProtocol
     return ALPN
 
 

@@ -10,10 +10,18 @@ from tng.config.addresses import Rule
 from tng.config.entries import Egress, Ingress
 from tng.config.modes import HttpProxy, Socks5
 from tng.config.transport import RatsTls
+from tng.config.trust import Binding, BuiltinVerify
+from tng.egress.listener import EgressListener
 from tng.egress.raw import RawBackend
 from tng.egress.sessions import SessionEgress
 from tng.operation.journal import Journal
+from tng.peers.auto import AutoPeers
 from tng.peers.pool import SessionPeers
+from tng.peers.references import References
+from tng.stock.acceptor import StockAcceptor
+from tng.stock.identity import IdentityKeeper
+from tng.stock.judge import CertificateJudge
+from tng.stock.peers import NoJudge, StockPeers
 from tng.streams import Acceptor, Backend, Peers
 
 Own = Callable[[], Iterable[tuple[str, int]]]
@@ -29,38 +37,58 @@ def make_peers(entry: Ingress, journal: Journal, own: Own) -> Peers:
     """
     if not isinstance(entry.transport, RatsTls):
         raise _not_yet(entry.name, "ohttp")
-    if entry.trust.attest is not None:
-        raise _not_yet(entry.name, "attest (a client that proves itself)")
-    if entry.trust.verify is None:
-        raise _not_yet(entry.name, "no_ra")
-    mode = entry.mode
-    return SessionPeers(
+    mode, verify = entry.mode, entry.trust.verify
+    filters = mode.filters if isinstance(mode, (HttpProxy, Socks5)) else ()
+    references = References.load(verify) if isinstance(verify, BuiltinVerify) else None
+    stock = StockPeers(
         entry.name,
-        entry.trust.verify,
-        filters=mode.filters if isinstance(mode, (HttpProxy, Socks5)) else (),
-        padding=entry.padding,
+        CertificateJudge(verify, references) if verify else NoJudge(),
+        IdentityKeeper(entry.name, entry.trust.attest, journal, dialect=False)
+        if entry.trust.attest
+        else None,
+        transport=entry.transport,
+        filters=filters,
         journal=journal,
         own=own,
+        unsafe=entry.unsafe,
     )
+    if verify is None or verify.binding is Binding.KEY:
+        return stock
+    session = SessionPeers(
+        entry.name, verify, filters=filters, padding=entry.padding, journal=journal, own=own
+    )
+    if verify.binding is Binding.SESSION:
+        return session
+    return AutoPeers(session, stock, filters=filters, own=own)
 
 
 def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -> Acceptor:
-    """The egress's end of its dialect.
+    """The egress's end of its dialects.
 
     Raises:
         SettingError: the entry asks for something that is not in this version.
+        CaiError: a file that it names is missing or malformed.
     """
     if not isinstance(entry.transport, RatsTls):
         raise _not_yet(entry.name, "ohttp")
-    if entry.trust.verify is not None:
-        raise _not_yet(entry.name, "verify (demanding proof of clients)")
-    if entry.trust.attest is None:
-        raise _not_yet(entry.name, "no_ra")
     if entry.direct:
         raise _not_yet(entry.name, "direct_forward")
-    return SessionEgress(
-        entry.name, entry.trust.attest, padding=entry.padding, journal=journal, agent=agent
-    )
+    trust = entry.trust
+    session = None
+    if trust.attest is not None and trust.verify is None:
+        session = SessionEgress(
+            trust.attest, padding=entry.padding, journal=journal, agent=agent
+        )
+    if agent is not None:
+        return EgressListener(entry.name, trust, session, None, journal)
+    judge = None
+    if trust.verify is not None:
+        verify = trust.verify
+        references = References.load(verify) if isinstance(verify, BuiltinVerify) else None
+        judge = CertificateJudge(verify, references)
+    keeper = IdentityKeeper(entry.name, trust.attest, journal, dialect=session is not None)
+    stock = StockAcceptor(entry.name, keeper, judge, journal)
+    return EgressListener(entry.name, trust, session, stock, journal)
 
 
 def make_backend(entry: Egress, rule: Rule, journal: Journal) -> Backend:

@@ -236,3 +236,12 @@ def _host(text: str) -> str:
     if _NUMBER.fullmatch(host.rsplit(".", 1)[-1]):
         raise BadRequest("the destination is a number that is not an IPv4 address")
     return host
+
+
+def server_name(destination: Destination) -> str | None:
+    """SNI for a destination; none for a literal address (RFC 6066 §3)."""
+    try:
+        ipaddress.ip_address(destination.host)
+    except ValueError:
+        return destination.host
+    return None

@@ -12,19 +12,14 @@ from datetime import UTC, datetime
 import httpx
 
 from cai import jcs
-from cai.attest.anchors import simulated_anchors, vendor_anchors
 from cai.attest.channel import MAX_GPU_AGE_S, ChannelEvidence, verify_channel
-from cai.attest.gpu.ocsp_store import load_ocsp
-from cai.attest.gpu.rim_store import load_rims
-from cai.attest.policy import VerificationPolicy
 from cai.attest.statement import ChannelStatement
-from cai.attest.tdx.collateral import CollateralStore, load_collateral
 from cai.attest.verdict import Verdict
 from cai.errors import PeerError, PeerUnreachable
-from cai.settings import read_settings_file
 from tng.channel.handshake import Claim
 from tng.channel.streams import MAX_SESSION_AGE_S
 from tng.config.trust import BuiltinVerify, ServiceVerify
+from tng.peers.references import References
 from tng.streams import Proven
 
 MIN_SESSION_AGE_S = 5.0
@@ -39,47 +34,31 @@ class BuiltinJudge:
     """Verification in this process against pinned roots and the owner's policy.
 
     Args:
-        settings: the ``verify`` of an entry; its files are read now, once.
-
-    Raises:
-        CaiError: a file is missing or malformed.
+        settings: the ``verify`` of an entry.
+        references: what its files hold.
     """
 
-    def __init__(self, settings: BuiltinVerify) -> None:
-        data = read_settings_file(settings.policy, what="verification policy")
-        self._policy = VerificationPolicy.parse(data, where=settings.policy.name)
+    def __init__(self, settings: BuiltinVerify, references: References) -> None:
         self._expect = settings.expect
-        self._anchors = (
-            simulated_anchors(settings.simulated_root)
-            if settings.simulated_root
-            else vendor_anchors()
-        )
-        self._collateral = (
-            load_collateral(settings.collateral)
-            if settings.collateral
-            else CollateralStore.empty()
-        )
-        # What is missing in either is not asked; the policy decides whether that will do.
-        self._rims = load_rims(settings.rims, if_available=True) if settings.rims else None
-        self._ocsp = load_ocsp(settings.ocsp, if_available=True) if settings.ocsp else None
+        self._references = references
 
     @property
     def key(self) -> str:
         """What a verdict of this judge depends on besides the peer: policy and expectation."""
         expect = self._expect
         members = (expect.launch, expect.service, expect.owner, expect.model_root)
-        return jcs.canonical([self._policy.digest, *members, expect.content_root]).decode()
+        policy = self._references.policy.digest
+        return jcs.canonical([policy, *members, expect.content_root]).decode()
 
     @property
     def simulated(self) -> bool:
         """Whether it trusts a simulated root."""
-        return self._anchors.simulated
+        return self._references.anchors.simulated
 
     @property
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
-        root = ("unsafe_simulated_root",) if self.simulated else ()
-        return (*root, *self._policy.unsafe)
+        return (*self._references.unsafe, *self._references.policy.unsafe)
 
     async def judge(self, claim: Claim, subject: str) -> Proven:
         """Verify a claim.
@@ -96,13 +75,13 @@ class BuiltinJudge:
             evidence,
             leaf,
             subject=subject,
-            policy=self._policy,
+            policy=self._references.policy,
             expect=self._expect,
-            anchors=self._anchors,
-            collateral=self._collateral,
+            anchors=self._references.anchors,
+            collateral=self._references.collateral,
             now=datetime.now(UTC),
-            rims=self._rims,
-            ocsp=self._ocsp,
+            rims=self._references.rims,
+            ocsp=self._references.ocsp,
         )
         if self.simulated and "unsafe_simulated_root" not in verdict.unsafe:
             return verdict.extended((), unsafe=("unsafe_simulated_root", *verdict.unsafe))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,14 +15,16 @@ from datetime import UTC, datetime
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, PeerError, PeerUnreachable, Refused
 from tng.channel.link import Link, dial
+from tng.channel.pipe import TlsPipe
 from tng.channel.session import demand_proof
 from tng.channel.streams import Channel, Stream
 from tng.channel.tls import client_context
 from tng.config.filters import Filter
 from tng.config.trust import ServiceVerify, Verify
 from tng.operation.journal import Journal
-from tng.peers.destination import Destination, resolve
+from tng.peers.destination import Destination, resolve, server_name
 from tng.peers.judge import AppraisalElsewhere, BuiltinJudge, probe_service
+from tng.peers.references import References
 from tng.streams import Proven
 
 MAX_PEERS = 256
@@ -88,7 +89,11 @@ class SessionPeers:
     ) -> None:
         self._name = name
         self._verify = verify
-        self._judge = None if isinstance(verify, ServiceVerify) else BuiltinJudge(verify)
+        self._judge = (
+            None
+            if isinstance(verify, ServiceVerify)
+            else BuiltinJudge(verify, References.load(verify))
+        )
         self._filters = filters
         self._padding = padding
         self._journal = journal
@@ -110,7 +115,7 @@ class SessionPeers:
             PeerUnreachable, PeerWithoutEvidence, EvidenceRefused, CaiError: no proven channel.
         """
         for attempt in (1, 2):
-            channel, proven = await self._channel(destination)
+            channel, proven = await self._channel(destination, None)
             try:
                 return await channel.open(), proven
             except PeerError:
@@ -118,6 +123,22 @@ class SessionPeers:
                 if attempt == 2:
                     raise
         raise AssertionError("unreachable")
+
+    def has(self, destination: Destination) -> bool:
+        """Whether a channel stands, or is being made."""
+        state = self._peers.get(destination)
+        if state is None:
+            return False
+        return state.dialling is not None or bool(state.channel and state.channel.usable)
+
+    async def adopt(self, destination: Destination, pipe: TlsPipe) -> tuple[Stream, Proven]:
+        """A stream over a session that was made elsewhere, once its peer has proven itself.
+
+        Raises:
+            PeerWithoutEvidence, EvidenceRefused, CaiError: no proven channel.
+        """
+        channel, proven = await self._channel(destination, pipe)
+        return await channel.open(), proven
 
     def status(self) -> dict[str, object]:
         """What the control interface shows."""
@@ -144,12 +165,18 @@ class SessionPeers:
         current = [state.channel for state in self._peers.values() if state.channel]
         return [*current, *self._retired]
 
-    async def _channel(self, destination: Destination) -> tuple[Channel, Proven]:
+    async def _channel(
+        self, destination: Destination, pipe: TlsPipe | None
+    ) -> tuple[Channel, Proven]:
         state = self._state(destination)
         if state.channel and state.proven and state.channel.usable:
+            if pipe is not None:
+                pipe.close()
             return state.channel, state.proven
         if state.dialling is None:
-            state.dialling = asyncio.create_task(self._attempt(destination, state))
+            state.dialling = asyncio.create_task(self._attempt(destination, state, pipe))
+        elif pipe is not None:
+            pipe.close()
         # Shielded: a request that gives up must not take the attempt from the others.
         return await asyncio.shield(state.dialling)
 
@@ -173,10 +200,10 @@ class SessionPeers:
             raise PeerUnreachable(f"{MAX_PEERS} peers are in use already")
 
     async def _attempt(
-        self, destination: Destination, state: PeerState
+        self, destination: Destination, state: PeerState, pipe: TlsPipe | None
     ) -> tuple[Channel, Proven]:
         try:
-            channel, proven = await self._dial(destination)
+            channel, proven = await self._dial(destination, pipe)
         except CaiError as error:
             state.error, state.at = error, datetime.now(UTC)
             if isinstance(error, Refused) and error.verdict is not None:
@@ -199,11 +226,15 @@ class SessionPeers:
         if not channel.busy:
             channel.leave()
 
-    async def _dial(self, destination: Destination) -> tuple[Channel, Proven]:
+    async def _dial(
+        self, destination: Destination, pipe: TlsPipe | None
+    ) -> tuple[Channel, Proven]:
         judge = self._judge
         if judge is None:
+            if pipe is not None:
+                pipe.close()
             raise await self._explain(destination)
-        link = await self._link(destination)
+        link = Link(pipe, padding=self._padding) if pipe else await self._link(destination)
         subject = f"guest at {destination}"
         proven = await demand_proof(link, lambda claim: judge.judge(claim, subject))
         mark = ", SIMULATED" if proven.verdict.simulated else ""
@@ -214,7 +245,7 @@ class SessionPeers:
 
     async def _link(self, destination: Destination) -> Link:
         addresses = await resolve(destination, self._filters, self._own())
-        name = None if _is_literal(destination.host) else destination.host
+        name = server_name(destination)
         unreachable: PeerUnreachable | None = None
         for address in addresses:
             try:
@@ -256,11 +287,3 @@ class SessionPeers:
         return type(found[0])(
             "; ".join(error.message for error in found), hint="; ".join(hints) or None
         )
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -42,6 +42,9 @@ DIALECT_CLAIM: Final = "cai-dialect"
 GPU_CLAIM: Final = "cai-gpu-digest"
 """Claim that binds the GPU evidence beside the quote, hex."""
 
+GPU_NONCE_CLAIM: Final = "cai-gpu-nonce"
+"""Claim with the nonce of that GPU evidence, hex."""
+
 MAX_CERTIFICATE = 1024 * 1024
 """Largest certificate that is parsed, bytes; a guest with eight GPUs has about 200 KB."""
 

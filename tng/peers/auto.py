@@ -1,0 +1,100 @@
+"""``binding: auto``: a session with peers of ours, key binding with peers that know only TNG's.
+
+Both are offered in one handshake and the peer chooses. A guest of ours that does not choose ours is
+refused by its own claim (``channel.downgrade``), so nobody in between can take the offer away
+(decisions §4, Downgrade).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cai.errors import PeerError, PeerUnreachable
+from tng.channel.link import dial
+from tng.channel.pipe import TlsPipe
+from tng.channel.tls import ALPN
+from tng.config.filters import Filter
+from tng.peers.destination import Destination, resolve, server_name
+from tng.peers.pool import SessionPeers
+from tng.stock.peers import StockPeers
+from tng.stock.tls import client_context
+from tng.streams import ByteStream, Proven
+
+
+class AutoPeers:
+    """The peers of one entry, in the dialect that each of them chooses.
+
+    Args:
+        session: for those that choose ours.
+        stock: for the others.
+        filters: destination filters of the entry.
+        own: gives the addresses that this process listens on.
+    """
+
+    def __init__(
+        self,
+        session: SessionPeers,
+        stock: StockPeers,
+        *,
+        filters: Sequence[Filter],
+        own: Callable[[], Iterable[tuple[str, int]]],
+    ) -> None:
+        self._session = session
+        self._stock = stock
+        self._filters = filters
+        self._own = own
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+        return tuple(dict.fromkeys((*self._session.unsafe, *self._stock.unsafe)))
+
+    async def open(self, destination: Destination) -> tuple[ByteStream, Proven]:
+        """A stream to a proven peer.
+
+        Raises:
+            DestinationRefused: the address may not be gone to.
+            PeerUnreachable, PeerWithoutEvidence, EvidenceRefused, CaiError: no proven session.
+        """
+        if self._session.has(destination):
+            return await self._session.open(destination)
+        if self._stock.has(destination):
+            return await self._stock.open(destination)
+        pipe = await self._dial(destination)
+        if pipe.tls.protocol == ALPN:
+            return await self._session.adopt(destination, pipe)
+        return await self._stock.adopt(destination, pipe)
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+        session, stock = self._session.status(), self._stock.status()
+        peers: dict[str, object] = {}
+        for part in (stock, session):
+            found = part.get("peers")
+            peers.update(found if isinstance(found, dict) else {})
+        return {**stock, **session, "dialect": "auto", "peers": peers, "unsafe": list(self.unsafe)}
+
+    def leave(self) -> None:
+        """Take no new streams."""
+        self._session.leave()
+        self._stock.leave()
+
+    async def close(self) -> None:
+        """End every session now."""
+        await self._session.close()
+        await self._stock.close()
+
+    async def _dial(self, destination: Destination) -> TlsPipe:
+        addresses = await resolve(destination, self._filters, self._own())
+        protocols = (ALPN, *self._stock.protocols)
+        context = client_context(await self._stock.identity(), protocols)
+        unreachable: PeerError | None = None
+        for address in addresses:
+            try:
+                return await dial(
+                    address, destination.port, context,
+                    server_name=server_name(destination), protocols=protocols,
+                )  # fmt: skip
+            except PeerUnreachable as error:
+                unreachable = unreachable or error
+        raise unreachable or PeerUnreachable(f"the name {destination.host} has no address")
