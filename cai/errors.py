@@ -13,7 +13,8 @@ these; a built-in exception that leaks out of a parser is a bug.
     │   ├── FormatError           format              exit  3  HTTP 400
     │   └── LimitExceeded         limit               exit  3  HTTP 413
     ├── StorageError              storage             exit  4  HTTP 500
-    │   └── NoSpace               no-space            exit  4  HTTP 507
+    │   ├── NoSpace               no-space            exit  4  HTTP 507
+    │   └── Unavailable           unavailable         exit  4  HTTP 503
     ├── WrongKey                  wrong-key           exit  5  HTTP 403
     ├── Tampered                  tampered            exit  6  HTTP 422
     ├── Refused                   refused             exit  7  HTTP 403
@@ -24,6 +25,7 @@ these; a built-in exception that leaks out of a parser is a bug.
     │   ├── PeerUnreachable       peer-unreachable    exit  8  HTTP 502
     │   ├── PeerWithoutEvidence   peer-no-evidence    exit  8  HTTP 502
     │   └── ListenerFailed        listener            exit  8  HTTP 500
+    ├── TooBusy                   busy                exit  8  HTTP 503
     ├── Undecided                 undecided           exit 20  HTTP 503
     └── Interrupted               interrupted         exit 130 HTTP 503
 """
@@ -110,6 +112,12 @@ class NoSpace(StorageError):
     """The file system or memory is full."""
 
     code, http_status = "no-space", 507
+
+
+class Unavailable(StorageError):
+    """A store or a service behind us cannot answer now; the same call may succeed later."""
+
+    code, http_status = "unavailable", 503
 
 
 class WrongKey(CaiError):
@@ -205,6 +213,12 @@ class ListenerFailed(PeerError):
     """A socket cannot be listened on."""
 
     code, http_status = "listener", 500
+
+
+class TooBusy(CaiError):
+    """More is asked of a service at once than it takes on; the same call may succeed later."""
+
+    code, exit_status, http_status = "busy", 8, 503
 
 
 class Undecided(CaiError):

@@ -19,6 +19,9 @@ MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 64
 """Deepest nesting that is parsed."""
 
+# Made once: json.dumps would make an encoder for every string.
+_text = json.JSONEncoder(ensure_ascii=False).encode
+
 
 def canonical(value: object) -> bytes:
     """Serialise to RFC 8785 bytes.
@@ -84,7 +87,9 @@ def parse_canonical(data: bytes, *, what: str, limit: int) -> Any:
 def _write(value: object, out: list[str], depth: int) -> None:
     if depth > MAX_DEPTH:
         raise FormatError(f"JSON nested deeper than {MAX_DEPTH} levels")
-    if value is None:
+    if isinstance(value, str):  # most of what there is
+        out.append(_text(value))
+    elif value is None:
         out.append("null")
     elif value is True:
         out.append("true")
@@ -94,8 +99,6 @@ def _write(value: object, out: list[str], depth: int) -> None:
         if abs(value) > MAX_INTEGER:
             raise FormatError("JSON integer beyond 53 bits")
         out.append(str(int(value)))
-    elif isinstance(value, str):
-        out.append(json.dumps(value, ensure_ascii=False))
     elif isinstance(value, (list, tuple)):
         out.append("[")
         for index, item in enumerate(value):
@@ -112,19 +115,23 @@ def _write(value: object, out: list[str], depth: int) -> None:
 def _write_object(value: dict[Any, Any], out: list[str], depth: int) -> None:
     if not all(isinstance(name, str) for name in value):
         raise FormatError("JSON member name is not a string")
-    try:
-        # RFC 8785 §3.2.3 sorts by UTF-16 code units, which differs from code points beyond the BMP.
-        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
-    except UnicodeEncodeError as error:
-        raise FormatError("JSON member name holds a lone surrogate") from error
+    names = sorted(value) if all(map(str.isascii, value)) else _sorted_names(value)
     out.append("{")
     for index, name in enumerate(names):
         if index:
             out.append(",")
-        out.append(json.dumps(name, ensure_ascii=False))
+        out.append(_text(name))
         out.append(":")
         _write(value[name], out, depth + 1)
     out.append("}")
+
+
+def _sorted_names(value: dict[str, Any]) -> list[str]:
+    try:
+        # RFC 8785 §3.2.3 sorts by UTF-16 code units, which differs from code points beyond the BMP.
+        return sorted(value, key=lambda name: name.encode("utf-16-be"))
+    except UnicodeEncodeError as error:
+        raise FormatError("JSON member name holds a lone surrogate") from error
 
 
 def _depth(value: object) -> int:

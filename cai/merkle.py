@@ -78,3 +78,67 @@ def root_from_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) ->
         position //= 2
         last //= 2
     return None if rest else value
+
+
+def consistency_path(leaves: Sequence[bytes], old: int) -> list[bytes]:
+    """Proof that the tree over the first ``old`` leaves is a beginning of this one.
+
+    RFC 6962 §2.1.2; empty for ``old == len(leaves)`` and for ``old == 0``.
+
+    Raises:
+        IndexError: ``old`` is more than ``len(leaves)``; a fault of the caller.
+    """
+    if not 0 <= old <= len(leaves):
+        raise IndexError(f"{old} of {len(leaves)} leaves")
+    if old == 0:
+        return []
+    path: list[bytes] = []
+    rest, known = list(leaves), True
+    while old < len(rest):
+        split = 1 << (len(rest) - 1).bit_length() - 1
+        if old <= split:
+            path.append(root(rest[split:]))
+            rest = rest[:split]
+        else:
+            path.append(root(rest[:split]))
+            rest, old, known = rest[split:], old - split, False
+    if not known:
+        path.append(root(rest))
+    return path[::-1]
+
+
+def consistent(
+    old_size: int, old_root: bytes, new_size: int, new_root: bytes, path: Sequence[bytes]
+) -> bool:
+    """Whether a tree extends another (RFC 9162 §2.1.4.2).
+
+    A path of any other length than the two sizes need is refused. An empty tree has one root, and
+    every tree extends it with an empty path.
+    """
+    if not 0 <= old_size <= new_size:
+        return False
+    if old_size == 0:
+        return old_root == root(()) and not path and (new_size > 0 or new_root == old_root)
+    if old_size == new_size:
+        return old_root == new_root and not path
+    rest = list(path)
+    if old_size.bit_count() == 1:
+        rest.insert(0, old_root)  # the old tree is a node of the new one
+    position, last = old_size - 1, new_size - 1
+    while position % 2:
+        position, last = position // 2, last // 2
+    if not rest:
+        return False
+    old_value = new_value = rest.pop(0)
+    for sibling in rest:
+        if last == 0:
+            return False
+        if position % 2 or position == last:
+            old_value = node_hash(sibling, old_value)
+            new_value = node_hash(sibling, new_value)
+            while not position % 2 and position:
+                position, last = position // 2, last // 2
+        else:
+            new_value = node_hash(new_value, sibling)
+        position, last = position // 2, last // 2
+    return last == 0 and old_value == old_root and new_value == new_root

@@ -6,7 +6,7 @@ First start creates, beside each other: the data directory (0700) with the datab
 
 from __future__ import annotations
 
-import os
+import contextlib
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,25 +23,25 @@ from cai.errors import (
     InputMissing,
     SettingError,
     StorageError,
-    Tampered,
-    WrongKey,
     from_os_error,
 )
 from cai.secret import Secret, read_secret_file, write_secret_file
-from kbs.audit.log import AuditLog, Entry
+from kbs.audit.log import AuditLog, Change, Entry
 from kbs.database.engine import Database
-from kbs.database.tables import AUDIT_HEAD, INSTANCE, SCHEMA, SECRET
-from kbs.keys.sealing import RowIdentity, Sealer, create_kek, read_kek, require_outside
+from kbs.database.opening import hold_creation, open_database
+from kbs.database.settings import DatabaseSettings
+from kbs.database.tables import AUDIT_HEAD, INSTANCE, SECRET
+from kbs.keys.keyring import Keyring
+from kbs.keys.rowkey import new_row_key, open_row_key, row_key_state, store_row_key
+from kbs.keys.sealing import RowIdentity, Sealer, require_outside, row_hash
+from kbs.keys.settings import KeySettings
+from kbs.keys.signing import KeyName, SigningKeys
 from kbs.names import Realm
-
-DATABASE_NAME = "kbs.sqlite"
-"""The database in the data directory."""
 
 ADMIN_KEY_NAME = "admin.key"
 """The administrator's private key in the data directory; it may be moved away."""
 
 _ADMIN_KEY = "admin-key"
-_TOKEN_KEY = "token-key"  # noqa: S105 - the name of a row
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,20 @@ class Instance:
         id: random, 32 hex digits, made with the database.
         realm: fixed at creation.
         database: the open database.
+        keyring: the providers of key encryption keys.
         sealer: opens its rows.
+        signing: its own signing keys.
         admin_key: public key that administrators' tokens are checked with.
-        token_key: signs attestation tokens; never leaves this process.
+        token_key: signed attestation tokens when the database was opened; ``signing`` knows the
+            current one.
     """
 
     id: str
     realm: Realm
     database: Database
+    keyring: Keyring
     sealer: Sealer
+    signing: SigningKeys
     admin_key: Ed25519PublicKey
     token_key: ec.EllipticCurvePrivateKey
 
@@ -71,33 +76,51 @@ def default_kek(data: Path) -> Path:
     return absolute.with_name(absolute.name + "-kek") / "kek"
 
 
-def open_instance(data: Path, kek_file: Path, realm: Realm, *, now: datetime) -> Instance:
-    """Open the database in ``data``, creating everything on first start.
+def open_instance(
+    data: Path,
+    kek_file: Path,
+    realm: Realm,
+    *,
+    now: datetime,
+    database: DatabaseSettings | None = None,
+    keys: KeySettings | None = None,
+) -> Instance:
+    """Open the key broker's database, creating everything on first start.
+
+    Of several programs that start at once on an empty database one creates the instance; the
+    others find it.
+
+    Args:
+        data: directory of the administrator's first key and, with SQLite, of the database.
+        kek_file: key encryption key.
+        realm: which platforms it may release to.
+        now: the time.
+        database: where the database is; ``None`` is SQLite in ``data``.
+        keys: the providers of key encryption keys; ``None`` is ``kek_file`` alone.
 
     Raises:
-        SettingError: the key encryption key lies inside ``data``, or the database is of the other
-            realm.
+        SettingError: the key encryption key lies inside ``data``, the database is of the other
+            realm, or its schema is an older one on PostgreSQL.
         WrongKey: the key encryption key is another database's.
         InputError, StorageError: something cannot be read or written.
     """
     require_outside(kek_file, data)
-    _private_directory(data)
-    path = data / DATABASE_NAME
-    _create_private_file(path)
-    database = Database.open_file(path)
-    try:
-        with database.read() as connection:
-            row = connection.execute(select(INSTANCE)).one_or_none()
-        if row is None:
-            return _create(database, data, kek_file, realm, now=now)
-        if row.schema != SCHEMA:
-            raise FormatError(f"{path}: schema {row.schema}, this program reads {SCHEMA}")
-        if row.realm != realm.value:
-            raise _other_realm(path, row.realm)
-        return _open(database, row.id, realm, Sealer(read_kek(kek_file)))
-    except BaseException:
-        database.close()
-        raise
+    private_directory(data)
+    opened = open_database(data, database or DatabaseSettings())
+    with contextlib.ExitStack() as undo:
+        undo.callback(opened.close)
+        with opened.read() as connection:
+            found = _row(connection)
+        if found is None:
+            found = _create_once(opened, data, kek_file, keys or KeySettings(), realm, now=now)
+        instance_id, found_realm = found
+        if found_realm != realm.value:
+            raise _other_realm(opened.where, found_realm)
+        keyring = _keyring(keys or KeySettings(), kek_file, data, opened)
+        undo.callback(keyring.close)
+        instance = _open(opened, instance_id, realm, keyring)
+        undo.pop_all()
+    return instance
 
 
 def read_admin_key(path: Path) -> Ed25519PrivateKey:
@@ -117,12 +140,53 @@ def read_admin_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
+def _row(connection: Connection) -> tuple[str, str] | None:
+    row = connection.execute(select(INSTANCE.c.id, INSTANCE.c.realm)).one_or_none()
+    return None if row is None else (row.id, row.realm)
+
+
+def _create_once(
+    database: Database, data: Path, kek_file: Path, keys: KeySettings, realm: Realm, *,
+    now: datetime,
+) -> tuple[str, str]:  # fmt: skip
+    """Create the instance, unless another replica is first; only the one that does makes keys."""
+    with database.write() as connection:
+        hold_creation(connection)
+        found = _row(connection)
+        if found is not None:
+            return found
+        with contextlib.closing(keys.open(kek_file, data=data, create=True)) as keyring:
+            return _create(connection, data, keyring, realm, now=now)
+
+
 def _create(
-    database: Database, data: Path, kek_file: Path, realm: Realm, *, now: datetime
-) -> Instance:
+    connection: Connection, data: Path, keyring: Keyring, realm: Realm, *, now: datetime
+) -> tuple[str, str]:
     # A first start that was interrupted leaves key files behind; they are used again.
-    kek = read_kek(kek_file) if kek_file.exists() else create_kek(kek_file)
-    sealer = Sealer(kek)
+    admin = _first_admin(data)
+    instance_id = uuid.uuid4().hex
+    row_key, key = new_row_key(keyring, instance=instance_id, realm=realm.value)
+    sealer = Sealer(key)
+    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    connection.execute(insert(INSTANCE).values(id=instance_id, realm=realm.value, created=created))
+    connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
+    sealed = sealer.seal(_identity(instance_id, realm, _ADMIN_KEY), admin.public_bytes_raw())
+    connection.execute(insert(SECRET).values(path=_ADMIN_KEY, version=1, sealed=sealed))
+    signing = SigningKeys(instance=instance_id, realm=realm.value, sealer=sealer)
+    log, request = AuditLog(instance_id, realm.value), uuid.uuid4().hex
+    system = {"kind": "system"}
+    log.append(connection, Entry("instance.create", system, request, allowed=True), now)
+    first = Change(f"{SECRET.name}/{_ADMIN_KEY}", 1, row_hash(sealed))
+    made = (store_row_key(connection, row_key), *signing.create(connection, now=now), first)
+    for change in made:
+        entry = Entry(
+            "key.create", system, request, allowed=True, subject=change.object, change=change
+        )
+        log.append(connection, entry, now)
+    return instance_id, realm.value
+
+
+def _first_admin(data: Path) -> Ed25519PublicKey:
     admin_file = data / ADMIN_KEY_NAME
     if not admin_file.exists():
         pem = Ed25519PrivateKey.generate().private_bytes(
@@ -131,49 +195,30 @@ def _create(
             serialization.NoEncryption(),
         )
         write_secret_file(admin_file, Secret(pem), what="admin key")
-    admin = read_admin_key(admin_file).public_key()
-    token_key = ec.generate_private_key(ec.SECP256R1())
-    instance_id = uuid.uuid4().hex
-    created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
-    with database.write() as connection:
-        connection.execute(
-            insert(INSTANCE).values(
-                id=instance_id, realm=realm.value, schema=SCHEMA, created=created
-            )
-        )
-        connection.execute(insert(AUDIT_HEAD).values(id=1, size=0))
-        secrets = {
-            _ADMIN_KEY: admin.public_bytes_raw(),
-            _TOKEN_KEY: token_key.private_bytes(
-                serialization.Encoding.DER,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            ),
-        }
-        for path, contents in secrets.items():
-            sealed = sealer.seal(_identity(instance_id, realm, path), contents)
-            connection.execute(insert(SECRET).values(path=path, version=1, sealed=sealed))
-        entry = Entry("instance.create", {"kind": "system"}, uuid.uuid4().hex, allowed=True)
-        AuditLog(instance_id, realm.value).append(connection, entry, now)
-    return Instance(instance_id, realm, database, sealer, admin, token_key)
+    return read_admin_key(admin_file).public_key()
 
 
-def _open(database: Database, instance_id: str, realm: Realm, sealer: Sealer) -> Instance:
+def _keyring(keys: KeySettings, kek_file: Path, data: Path, database: Database) -> Keyring:
+    try:
+        return keys.open(kek_file, data=data, create=False)
+    except InputMissing as error:
+        if database.is_shared and error.hint is not None:
+            error.hint = "copy it from the replica that made the database"
+        raise
+
+
+def _open(database: Database, instance_id: str, realm: Realm, keyring: Keyring) -> Instance:
     with database.read() as connection:
-        try:
-            admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
-        except Tampered as error:
-            raise WrongKey(
-                "the key encryption key does not open this database",
-                hint="give --kek the file that was made with it",
-            ) from error
-        token = _secret(connection, sealer, instance_id, realm, _TOKEN_KEY)
-    token_key = serialization.load_der_private_key(token, password=None)
-    if not isinstance(token_key, ec.EllipticCurvePrivateKey):
-        raise FormatError("the token key is not an EC key")
+        state = row_key_state(connection)
+    sealer = Sealer(open_row_key(state, keyring, instance=instance_id, realm=realm.value))
+    signing = SigningKeys(instance=instance_id, realm=realm.value, sealer=sealer)
+    with database.read() as connection:
+        admin = _secret(connection, sealer, instance_id, realm, _ADMIN_KEY)
+        token_key = signing.current(connection, KeyName.TOKEN).es256
     return Instance(
-        instance_id, realm, database, sealer, Ed25519PublicKey.from_public_bytes(admin), token_key
-    )
+        instance_id, realm, database, keyring, sealer, signing,
+        Ed25519PublicKey.from_public_bytes(admin), token_key,
+    )  # fmt: skip
 
 
 def _secret(
@@ -189,7 +234,7 @@ def _identity(instance_id: str, realm: Realm, path: str) -> RowIdentity:
     return RowIdentity(instance_id, realm.value, SECRET.name, path, 1)
 
 
-def _other_realm(path: Path, found: str) -> SettingError:
+def _other_realm(path: str, found: str) -> SettingError:
     if found == Realm.SIMULATED.value:
         return SettingError(
             f"{path} is a database of the simulated realm",
@@ -201,7 +246,12 @@ def _other_realm(path: Path, found: str) -> SettingError:
     )
 
 
-def _private_directory(path: Path) -> None:
+def private_directory(path: Path) -> None:
+    """Make a directory that is ours alone, or find it so.
+
+    Raises:
+        InputError, StorageError: it cannot be made, or others may enter it.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = path.stat().st_mode
@@ -213,10 +263,3 @@ def _private_directory(path: Path) -> None:
         raise StorageError(
             f"the data directory {path} is open to others", hint=f"chmod 0700 {path}"
         )
-
-
-def _create_private_file(path: Path) -> None:
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-    except OSError as error:
-        raise from_os_error(error, f"open database {path}") from error

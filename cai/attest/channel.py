@@ -210,7 +210,7 @@ def verify_channel(
         ocsp=ocsp,
     )
     # Step 6: the reports are the ones that the statement names, and recent.
-    bound += _gpu_checks(statement, evidence)
+    bound += gpu_checks(statement, evidence.evidence.gpu_digest)
     verdict = replace(verdict, checks=(*bound, *verdict.checks), binding=Binding.SESSION)
     if facts is not None:
         # Step 7: the owner's policy. The quote binds the statement, so its words are facts now.
@@ -240,8 +240,9 @@ def _session_check(
     )
 
 
-def _gpu_checks(statement: ChannelStatement, evidence: ChannelEvidence) -> list[Check]:
-    digest = evidence.evidence.gpu_digest.hex()
+def gpu_checks(statement: ChannelStatement, gpu_digest: bytes) -> list[Check]:
+    """Step 6: the reports that came along are the ones that the statement names, and recent."""
+    digest = gpu_digest.hex()
     return [
         check(
             "channel.gpu_digest",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,22 @@ MAX_INIT_DATA = 128 * 1024
 """Largest init-data text, bytes."""
 
 MAX_NAME = 64
-"""Longest version, TEE and device name, characters."""
+"""Longest version, TEE, selector and device name, characters."""
+
+SELECTOR: Final = "attestation-policy-selector"
+"""Member of ``extra-params`` by which a client names the policy it expects to be appraised with."""
+
+ERROR_PAGES: Final = "/kbs/v0/errors"
+"""Where a broker of ours has a page for each kind of error; stock clients read what follows the
+last ``/`` of ``type``."""
+
+_ALIASES: Final = {
+    "azsnpvtpm": "az-snp-vtpm",
+    "aztdxvtpm": "az-tdx-vtpm",
+    "hygontpm": "hygon-tpm",
+}
+
+_SELECTOR: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +129,23 @@ class Request:
             raise FormatError("request: extra-params is missing")
         return cls(
             version=_text(value, "version", "request", MAX_NAME),
-            tee=_text(value, "tee", "request", MAX_NAME),
+            tee=tee_name(_text(value, "tee", "request", MAX_NAME)),
             extra_params=value["extra-params"],
         )
+
+    @property
+    def selector(self) -> str:
+        """The policy that the client expects; empty when it names none.
+
+        Raises:
+            FormatError, LimitExceeded: it is not a policy id.
+        """
+        if not isinstance(self.extra_params, dict) or self.extra_params.get(SELECTOR) is None:
+            return ""
+        text = _text(self.extra_params, SELECTOR, "request.extra-params", MAX_NAME)
+        if not _SELECTOR.fullmatch(text):
+            raise FormatError(f"request.extra-params: {SELECTOR} is not a policy id")
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +290,7 @@ class ErrorInformation:
 
     def to_json(self) -> dict[str, str]:
         """The message as a JSON value."""
-        return {"type": f"{_ERROR_BASE}/{self.kind}", "detail": self.detail}
+        return {"type": f"{ERROR_PAGES}/{self.kind}", "detail": self.detail}
 
     @classmethod
     def parse(cls, data: bytes) -> ErrorInformation:
@@ -272,6 +302,11 @@ class ErrorInformation:
         value = _message(data, "error answer")
         kind = _text(value, "type", "error answer", 1024).rpartition("/")[2]
         return cls(kind, _text(value, "detail", "error answer", 64 * 1024))
+
+
+def tee_name(text: str) -> str:
+    """The name of a TEE as upstream spells it; a well-known fork spells some without dashes."""
+    return _ALIASES.get(text, text)
 
 
 def device_digest(nonce: str, jwk: PublicJwk) -> bytes:
@@ -370,7 +405,7 @@ def parse_additional_evidence(
     for name in value:
         if name not in ("nvidia", "cai"):
             raise FormatError(f"additional_evidence: {name[:32]!r} is not served")
-    devices = _devices(value["nvidia"]) if "nvidia" in value else ()
+    devices = parse_devices(value["nvidia"]) if "nvidia" in value else ()
     if "cai" not in value:
         return devices, None
     # What has no canonical form cannot be stored or logged either.
@@ -379,10 +414,12 @@ def parse_additional_evidence(
     return devices, ReleaseStatement.from_json(value["cai"])
 
 
-_ERROR_BASE: Final = "https://github.com/confidential-containers/kbs/errors"
+def parse_devices(value: Any) -> tuple[DeviceEvidence, ...]:
+    """The devices of NVIDIA's evidence; reports may be hexadecimal, chains PEM text.
 
-
-def _devices(value: Any) -> tuple[DeviceEvidence, ...]:
+    Raises:
+        FormatError, LimitExceeded: it has another form.
+    """
     listed = value.get("device_evidence_list") if isinstance(value, dict) else None
     if not isinstance(listed, list):
         raise FormatError("additional_evidence.nvidia: device_evidence_list is missing")

@@ -16,6 +16,12 @@ def measure(
         str, typer.Option("--owner-key", help="The owner's Ed25519 public key, 64 hex digits.")
     ],
     service: Annotated[str, typer.Option("--service", help="Name of the service.")] = "model",
+    kbs: Annotated[
+        str, typer.Option("--kbs", help="Which key broker: cai, or trustee for a stock one.")
+    ] = "cai",
+    kbs_key: Annotated[
+        str, typer.Option("--kbs-key", help="The broker's ticket key to pin, 64 hex digits.")
+    ] = "",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where launch.json is written.")
     ] = Path("launch.json"),
@@ -27,7 +33,9 @@ def measure(
     from cai.host.launch import parse_launch, write_launch
     from cai.host.settings import load_host_settings
 
-    encoded = write_launch(load_host_settings(env), owner_key=owner_key, service_id=service)
+    encoded = write_launch(
+        load_host_settings(env), owner_key=owner_key, service_id=service, kbs=kbs, kbs_key=kbs_key
+    )
     try:
         output.write_bytes(encoded)
     except OSError as error:

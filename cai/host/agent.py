@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from cai.attest.statement import (
     gpu_evidence_digest,
     report_data,
 )
+from cai.attest.ticket import ticket_digest
 from cai.errors import CaiError, FormatError, LimitExceeded, ListenerFailed, Refused
 from cai.host.launch import Launch
 from cai.host.quoting import QuoteQueue, SessionBatcher, SignedTree, Urgency
@@ -59,6 +61,9 @@ class Agent:
         gpus: its devices.
         profile: guest profile (decisions §1.1).
         models: what is served; set once it is mounted.
+        channel_keys: SHA-256 of each channel key's SubjectPublicKeyInfo, hex, for the ticket.
+        ticket: the admission ticket in force, canonical bytes; empty without one.
+        expires_at: when the lease ends, seconds since boot; no statement is issued after it.
         stopped: why no statement is issued any more, or ``None``.
     """
 
@@ -67,6 +72,9 @@ class Agent:
     gpus: DeviceSource
     profile: str = "operated"
     models: tuple[ServedModel, ...] = ()
+    channel_keys: tuple[str, ...] = ()
+    ticket: bytes = b""
+    expires_at: float = math.inf
     stopped: str | None = None
     boot_id: str = field(default_factory=lambda: secrets.token_hex(16))
     epoch: int = 0
@@ -100,6 +108,9 @@ class Agent:
         """
         if self.stopped is not None:
             raise Refused(f"this guest proves nothing any more: {self.stopped}")
+        if now() >= self.expires_at:
+            # Also when the guest slept and whoever keeps the lease has not woken yet.
+            raise Refused("this guest proves nothing any more: its lease has ended")
         if self._collected is None or not self.models:
             raise Refused("no model is served yet", hint="wait for `cai host up` to be ready")
         kept = self._collected
@@ -115,7 +126,7 @@ class Agent:
             models=self.models,
             gpu=GpuFacts(gpu_evidence_digest(devices).hex(), kept.nonce.hex(), age),
             guest_facts=self.guest_facts(),
-            ticket_digest="",
+            ticket_digest=ticket_digest(self.ticket) if self.ticket else "",
             dialects=self.launch.dialects,
             boot_id=self.boot_id,
             epoch=self.epoch,

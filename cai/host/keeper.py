@@ -2,16 +2,14 @@
 
 The order is fixed: the channel socket listens first but proves nothing; the record is fetched; the
 model is opened against the root the record names; the mount becomes usable; only then are sessions
-proved. A renewal is the whole handshake again. A refused one ends the mount at once; an unreachable
-broker is waited for until the release's lifetime is over.
+proved. When the lease ends, because the broker refuses to renew it or cannot be asked, no new
+session is proved, running requests have the drain that the record grants, then the mount goes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import random
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -24,13 +22,13 @@ from cai.errors import (
     CaiError,
     InputMissing,
     Interrupted,
-    PeerError,
     Refused,
     StorageError,
     Tampered,
     from_os_error,
 )
-from cai.host.agent import Agent, now, serve_channel_socket
+from cai.host.agent import Agent, serve_channel_socket
+from cai.host.lease import LeaseKeeper, sleep_until
 from cai.host.model_mount import ModelMount
 from cai.host.release import Release, fetch_release
 from cai.host.settings import HostSettings
@@ -38,14 +36,6 @@ from cai.model import open_model
 
 MAX_INDEX = 256 * 1024 * 1024
 """Largest ``index.cai`` that is hashed, bytes."""
-
-RENEW_FRACTION = 3
-"""A release is renewed when one third of its lifetime has passed (decisions §5)."""
-
-RETRY_S = 5.0
-"""Pause after a renewal that could not reach the broker, seconds."""
-
-log = logging.getLogger("cai.host")
 
 _T = TypeVar("_T")
 
@@ -96,7 +86,7 @@ async def up(plan: HostPlan, ready: Ready) -> None:
             ),
             stop,
         )
-        plan.agent.keep_devices(release.nonce, release.devices, release.collected_at)
+        _hold(plan, release)
         plan.agent.models = (served,)
         ready(_description(plan, mount, served))
         await _keep(plan, release, mount, stop)
@@ -112,50 +102,58 @@ async def up(plan: HostPlan, ready: Ready) -> None:
 async def _keep(
     plan: HostPlan, release: Release, mount: ModelMount, stop: asyncio.Event
 ) -> None:
+    async def renew(held: Release) -> Release:
+        renewed = await _fetch(plan, held)
+        if renewed.record.manifest_root != release.record.manifest_root:
+            raise Refused(
+                "the owner's record names another model now",
+                hint="pull that version and start the host again", code="lease-model",
+            )  # fmt: skip
+        return renewed
+
+    keeper = LeaseKeeper(release, renew, lambda renewed: _hold(plan, renewed))
+    withdrawal = await _while_up(keeper.run(), mount, stop)
+    # No new session from here on; what runs has until the drain is over.
+    plan.agent.stop(withdrawal.error.message)
+    await _while_up(sleep_until(withdrawal.ends_at), mount, stop)
+    raise withdrawal.error
+
+
+def _hold(plan: HostPlan, release: Release) -> None:
+    agent = plan.agent
+    agent.keep_devices(release.nonce, release.devices, release.collected_at)
+    agent.expires_at = release.expires_at
+    agent.ticket = b"" if release.lease is None else release.lease.ticket
+
+
+async def _while_up(
+    work: Coroutine[object, object, _T], mount: ModelMount, stop: asyncio.Event
+) -> _T:
+    """The result of ``work``, unless the mount or the whole host ends first."""
+    task = asyncio.create_task(work)
     ended = asyncio.create_task(mount.wait())
     stopped = asyncio.create_task(stop.wait())
     try:
-        pause = _renewal_pause(release)
-        while True:
-            await asyncio.wait(
-                (ended, stopped), timeout=pause, return_when=asyncio.FIRST_COMPLETED
+        await asyncio.wait((task, ended, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            raise Interrupted("stopped; the mount and the proofs are gone")
+        if ended.done():
+            raise StorageError(
+                f"the mount ended with status {ended.result()}",
+                hint="its own log line says why; start the host again",
             )
-            if stopped.done():
-                raise Interrupted("stopped; the mount and the proofs are gone")
-            if ended.done():
-                raise StorageError(
-                    f"the mount ended with status {ended.result()}",
-                    hint="its own log line says why; start the host again",
-                )
-            release, pause = await _renew(plan, release)
+        return task.result()
     finally:
-        ended.cancel()
-        stopped.cancel()
+        for waiting in (task, ended, stopped):
+            waiting.cancel()
 
 
-async def _renew(plan: HostPlan, release: Release) -> tuple[Release, float]:
-    try:
-        renewed = await _fetch(plan)
-    except PeerError as error:
-        left = release.sent_at + release.record.lease.ttl_s - now()
-        if left <= 0:
-            raise Refused(
-                "the release has ended and the key broker cannot be reached",
-                hint="check TRUSTEE_URL; the host starts again once the broker answers",
-            ) from error
-        log.warning("renewal failed, %.0f s of the release are left: %s", left, error)
-        return release, min(RETRY_S, left)
-    plan.agent.keep_devices(renewed.nonce, renewed.devices, renewed.collected_at)
-    return renewed, _renewal_pause(renewed)
-
-
-def _renewal_pause(release: Release) -> float:
-    # Jitter keeps a fleet that was started at once from renewing at once.
-    return release.record.lease.ttl_s / RENEW_FRACTION * random.uniform(0.9, 1.0)  # noqa: S311
-
-
-async def _fetch(plan: HostPlan) -> Release:
-    return await fetch_release(plan.agent, plan.settings.trustee_url, plan.settings.key_path)
+async def _fetch(plan: HostPlan, held: Release | None = None) -> Release:
+    settings = plan.settings
+    return await fetch_release(
+        plan.agent, settings.trustee_url, settings.key_path, policy=settings.trustee_policy,
+        held=None if held is None else held.lease,
+    )  # fmt: skip
 
 
 def _open_served(directory: Path, release: Release) -> ServedModel:

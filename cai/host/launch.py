@@ -18,6 +18,9 @@ from cai.settings import Section, refuse_unknown
 MAX_LAUNCH = 256 * 1024
 """Largest ``launch.json``, bytes."""
 
+KBS_FORMS = ("cai", "trustee")
+"""Release forms: to a CAI key broker, or to a stock one (decisions §2.3)."""
+
 LAUNCH_VERSION = 1
 """Value of the member ``cai-launch``."""
 
@@ -33,6 +36,7 @@ class Launch:
             signed by it.
         service_id: the service as its owner names it.
         kbs: which release form is spoken, ``cai`` or ``trustee`` (decisions §2.3).
+        kbs_key: the key broker's ticket key, 64 hex digits; empty does not pin one.
         dialects: ALPN names the gateway may speak.
         images: image digests by service name; empty when nothing runs in containers.
         compose_sha256: SHA-256 of the compose file's exact bytes, or empty.
@@ -46,6 +50,7 @@ class Launch:
     dialects: tuple[str, ...] = ("cai/1",)
     images: Mapping[str, str] = field(default_factory=dict)
     compose_sha256: str = ""
+    kbs_key: str = ""
 
     @property
     def digest(self) -> str:
@@ -66,15 +71,22 @@ class Launch:
                 )
 
 
-def write_launch(settings: HostSettings, *, owner_key: str, service_id: str) -> bytes:
-    """The bytes of a ``launch.json`` for these settings."""
+def write_launch(
+    settings: HostSettings, *, owner_key: str, service_id: str, kbs: str = "cai", kbs_key: str = ""
+) -> bytes:
+    """The bytes of a ``launch.json`` for these settings.
+
+    Raises:
+        SettingError: a value has another form.
+    """
     encoded = jcs.canonical(
         {
             "cai-launch": LAUNCH_VERSION,
             "compose_sha256": "",
             "dialects": ["cai/1"],
             "images": {},
-            "kbs": "cai",
+            "kbs": kbs,
+            "kbs_key": kbs_key,
             "owner_key": owner_key,
             "service_id": service_id,
             "settings": dict(settings.values),
@@ -98,25 +110,27 @@ def parse_launch(data: bytes) -> Launch:
             raise SettingError(f"launch.json: {name} must map names to strings")
     refuse_unknown(settings, MEASURED, where="launch.json.settings")
     kbs = section.text("kbs")
-    if kbs != "cai":
+    if kbs not in KBS_FORMS:
         raise SettingError(
-            f"launch.json: kbs is {kbs!r}", hint="this version speaks to a CAI key broker: \"cai\""
+            f"launch.json: kbs is {kbs[:32]!r}", hint=f"known are: {', '.join(KBS_FORMS)}"
         )
+    kbs_key = section.text("kbs_key", "")
     launch = Launch(
         encoded=data,
         settings=settings,
-        owner_key=_owner_key(section.text("owner_key")),
+        owner_key=_key(section.text("owner_key"), "owner_key"),
         service_id=section.text("service_id"),
         kbs=kbs,
         dialects=tuple(section.texts("dialects")),
         images=images,
         compose_sha256=section.text("compose_sha256"),
+        kbs_key=_key(kbs_key, "kbs_key") if kbs_key else "",
     )
     section.finish()
     return launch
 
 
-def _owner_key(text: str) -> str:
+def _key(text: str, name: str) -> str:
     if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise SettingError("launch.json: owner_key must be 64 lower-case hex digits")
+        raise SettingError(f"launch.json: {name} must be 64 lower-case hex digits")
     return text

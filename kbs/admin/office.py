@@ -1,57 +1,65 @@
 """What every administrative call goes through: who asks, may they, and the change itself.
 
-A change and its audit row are one transaction.
+A change and its audit row are one transaction. Where the two-person rule is on, a change that could
+widen what is released becomes a proposal instead (``kbs.admin.proposals``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 
 from cai.errors import Unauthenticated
-from kbs.admin import tokens
-from kbs.admin.changes import ChangeKind, Role
+from kbs.admin.changes import Applied, ChangeKind, ChangeKinds, Outdated, Role
+from kbs.admin.identity import Directory
+from kbs.admin.people import Administrator
+from kbs.admin.proposal_store import MAX_ROUNDS, Proposals
+from kbs.admin.settings import AdminSettings
 from kbs.audit.log import Entry
 from kbs.core import Core
 
-
-@dataclass(frozen=True, slots=True)
-class Administrator:
-    """Who asks.
-
-    Attributes:
-        name: as the token says.
-        roles: what they may do.
-    """
-
-    name: str
-    roles: frozenset[Role]
-
-    @property
-    def actor(self) -> dict[str, str]:
-        """As audit leaves name them."""
-        return {"kind": "admin", "name": self.name}
+__all__ = ["Administrator", "Office"]
 
 
 class Office:
     """The administrator's side of one key broker.
 
-    Attributes:
+    Args:
         core: the broker's state.
+        settings: who may administer it.
+        kinds: every kind of change that can be proposed.
+
+    Attributes:
+        directory: knows every administrator.
+        proposals: changes that wait for further persons; ``None`` where one is enough.
+
+    Raises:
+        CaiError: a pinned key of the settings cannot be read.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(
+        self, core: Core, settings: AdminSettings | None = None, kinds: ChangeKinds | None = None
+    ) -> None:
         self.core = core
+        self.settings = settings or AdminSettings()
+        self.kinds = kinds or ChangeKinds()
+        self.directory = Directory(core, self.settings)
+        rule = self.settings.two_person
+        self.proposals = (
+            None if rule is None
+            else Proposals(core, self.directory, self.kinds, rule, self.log)
+        )  # fmt: skip
 
     async def identify(self, request: Request, *roles: Role) -> Administrator:
         """Who sends this request; one of ``roles``, or ``admin``, is required.
 
         Raises:
             Unauthenticated: no valid token.
+            Refused: the person has none of the roles.
         """
         return await run_in_threadpool(
             self.authenticate, request.headers.get("authorization"), *roles
@@ -62,16 +70,15 @@ class Office:
 
         Raises:
             Unauthenticated: none.
+            Refused: they have none of the roles.
         """
-        del roles  # there is one role
         try:
-            name = tokens.authenticate(
-                authorization, self.core.instance.admin_key, now=self.core.clock()
-            )
+            admin = self.directory.authenticate(authorization)
         except Unauthenticated:
             self.core.count_failure("admin")
             raise
-        return Administrator(name, frozenset({Role.ADMIN}))
+        admin.require(*roles)
+        return admin
 
     def submit(
         self,
@@ -82,7 +89,7 @@ class Office:
         admin: Administrator,
         request: str,
     ) -> Mapping[str, Any]:
-        """Make a change.
+        """Make a change, or propose it where the two-person rule asks for that.
 
         Args:
             kind: what to do.
@@ -95,21 +102,47 @@ class Office:
             The kind's answer.
 
         Raises:
+            Refused: the object is outside the administrator's role or tenant.
+            Proposed: it waits for further persons.
             CaiError: the change is not sound; nothing happened.
         """
         core = self.core
+        admin.require(kind.role)
+        admin.require_tenant(kind.tenant(object_id))
         kind.check(core, object_id, contents)
-        with core.database.decide() as connection:
-            applied = kind.apply(core, connection, object_id, contents)
-            entry = Entry(
-                kind.action,
-                admin.actor,
-                request,
-                allowed=True,
-                subject=object_id,
-                change=applied.change,
-                policies=applied.policies,
-                details=applied.details,
-            )
-            core.audit.append(connection, entry, core.clock())
-        return applied.answer
+        if self.proposals is not None and not kind.reducing:
+            raise self.proposals.propose(kind, object_id, contents, admin, request)
+        for left in reversed(range(MAX_ROUNDS)):
+            prepared = kind.prepare(core, object_id, contents) if kind.prepare else contents
+            try:
+                with core.database.decide() as connection:
+                    self.directory.require_living(connection, admin)
+                    applied = kind.apply(core, connection, object_id, prepared)
+                    self.log(connection, kind, object_id, applied, admin.actor, request)
+                return applied.answer
+            except Outdated:
+                if not left:
+                    raise
+        raise AssertionError  # pragma: no cover - the last round returns or raises
+
+    def log(
+        self,
+        connection: Connection,
+        kind: ChangeKind,
+        object_id: str,
+        applied: Applied,
+        actor: Mapping[str, str],
+        request: str,
+    ) -> None:
+        """Append the leaf of a change inside its transaction."""
+        entry = Entry(
+            kind.action,
+            actor,
+            request,
+            allowed=True,
+            subject=object_id,
+            change=applied.change,
+            policies=applied.policies,
+            details=applied.details,
+        )
+        self.core.audit.append(connection, entry, self.core.clock())

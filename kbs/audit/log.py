@@ -1,32 +1,27 @@
-"""The audit log: one canonical leaf for each decision, in the transaction that decides.
+"""The audit log: leaves appended in the transaction that decides, one log for all replicas.
 
-The bytes are in docs/spec-audit.md. They are the leaves of a later Merkle log (RFC 6962), so they
-are RFC 8785 JSON from the first row on, hold no secret, and are never rewritten. What cannot be
-logged is refused: the caller answers only after its transaction has committed.
+The head row is locked first, so leaves have one order and no gaps everywhere. With each leaf the
+Merkle tree over all of them grows by the hashes that this leaf completes. What cannot be logged is
+refused: the caller answers only after its transaction has committed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Select, insert, or_, select, update
 
-from cai import jcs
-from cai.attest.verdict import Verdict
-from cai.errors import StorageError
+from cai.errors import StorageError, Tampered
+from cai.merkle import leaf_hash
+from kbs.audit import tree
+from kbs.audit.leaf import ORIGIN_ACTION, Change, Entry, change_of, parse_leaf, time_of
 from kbs.database.engine import Database
-from kbs.database.tables import AUDIT, AUDIT_HEAD
-
-LEAF_VERSION: Final = 1
-"""Member ``cai-audit`` of every leaf."""
-
-MAX_LEAF = 1024 * 1024
-"""Largest leaf that is read back, bytes."""
+from kbs.database.tables import AUDIT, AUDIT_HEAD, AUDIT_NODE
 
 MAX_ROWS = 1000
 """Most leaves in one answer of the admin listener."""
@@ -34,97 +29,40 @@ MAX_ROWS = 1000
 FAILURE_SECONDS = 60
 """Unauthenticated failures become at most one leaf in this time, seconds (decisions §6)."""
 
-TEXT_LIMIT = 512
-"""Longest text from outside that a leaf repeats, characters."""
+FAILURE_ACTION: Final = "unauthenticated"
+"""Action of the leaf that counts failures which anybody can cause."""
+
+__all__ = [
+    "FAILURE_ACTION", "FAILURE_SECONDS", "MAX_ROWS", "AuditLog", "Change", "Entry", "FailureCount",
+    "Head", "changes", "logged_change", "newest_change", "node_hashes", "read_head", "read_leaves",
+    "seconds_since_failures",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What a decision made of a stored object.
+class Head:
+    """The head row.
 
     Attributes:
-        object: ``<table>/<path>``.
-        version: the version that is now the newest.
-        row_hash: SHA-256 of the stored row, hex; empty when there is none any more.
+        size: leaves.
+        changes: administrative changes among them.
+        frontier: hashes of the maximal complete subtrees, from left to right.
+        origin: of checkpoints, where a restore made another than the instance's own; else empty.
+        checkpoint: leaves of the newest checkpoint of that origin; 0 without one.
+        failures: place of the newest leaf that counts failures; -1 without one.
     """
 
-    object: str
-    version: int
-    row_hash: str
+    size: int
+    changes: int
+    frontier: tuple[bytes, ...]
+    origin: str
+    checkpoint: int
+    failures: int
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One decision, before it has its place in the log.
-
-    Attributes:
-        action: ``attest``, ``release``, ``resource.set``, ``policy.set``, ….
-        actor: who asked: ``{"kind": "guest", "session": …}`` or ``{"kind": "admin", "name": …}``.
-        request: id of the request, as the answer names it.
-        allowed: the decision.
-        reason: one line when it was refused.
-        subject: the resource or policy that was asked for.
-        verdict: every check behind it.
-        evidence: digests of the evidence, hex.
-        policies: digests of the policies in force, hex.
-        change: what was stored; ``None`` when nothing was.
-        served: version of the resource that was handed out.
-        details: further members for one action, e.g. counts.
-    """
-
-    action: str
-    actor: Mapping[str, str]
-    request: str
-    allowed: bool
-    reason: str = ""
-    subject: str = ""
-    verdict: Verdict | None = None
-    evidence: Mapping[str, str] = field(default_factory=dict)
-    policies: Mapping[str, str] = field(default_factory=dict)
-    change: Change | None = None
-    served: int | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def encode(self, *, instance: str, realm: str, seq: int, at: datetime) -> bytes:
-        """The leaf's canonical bytes (spec-audit §2)."""
-        value: dict[str, Any] = {
-            "cai-audit": LEAF_VERSION,
-            "instance": instance,
-            "realm": realm,
-            "seq": seq,
-            "time": at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at.microsecond // 1000:03d}Z",
-            "action": self.action,
-            "actor": {name: _plain(text) for name, text in self.actor.items()},
-            "request": self.request,
-            "decision": "allow" if self.allowed else "deny",
-            "reason": _plain(self.reason),
-            "subject": _plain(self.subject),
-            "evidence": dict(self.evidence),
-            "policies": dict(self.policies),
-            "checks": [],
-            "hardware": {},
-            "simulated": False,
-            "unsafe": [],
-        }
-        if self.verdict is not None:
-            body = self.verdict.to_json()
-            for member in ("hardware", "simulated", "unsafe"):
-                value[member] = body[member]
-            value["checks"] = [
-                {name: _plain(str(text)) for name, text in item.to_json().items()}
-                for item in self.verdict.checks
-            ]
-        if self.change is not None:
-            value["change"] = {
-                "object": self.change.object,
-                "version": self.change.version,
-                "row_hash": self.change.row_hash,
-            }
-        if self.served is not None:
-            value["served"] = self.served
-        if self.details:
-            value["details"] = dict(self.details)
-        return jcs.canonical(value)
+    @property
+    def root(self) -> bytes:
+        """Root of the tree over all leaves."""
+        return tree.fold(self.frontier)
 
 
 class AuditLog:
@@ -136,8 +74,8 @@ class AuditLog:
     """
 
     def __init__(self, instance: str, realm: str) -> None:
-        self._instance = instance
-        self._realm = realm
+        self.instance = instance
+        self.realm = realm
 
     def append(self, connection: Connection, entry: Entry, at: datetime) -> int:
         """Append a leaf inside the caller's write transaction.
@@ -147,18 +85,84 @@ class AuditLog:
 
         Raises:
             StorageError: the head row is missing.
+            Tampered: the head row does not fit itself.
         """
-        # The head row is locked first, so that leaves have no gaps and one order everywhere.
-        advanced = connection.execute(
-            update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(size=AUDIT_HEAD.c.size + 1)
+        head = read_head(connection, lock=True)
+        seq, changes = head.size, head.changes + entry.counts
+        leaf = entry.encode(
+            instance=self.instance, realm=self.realm, seq=seq, changes=changes,
+            checkpoint=head.checkpoint, at=at,
+        )  # fmt: skip
+        frontier, completed = tree.appended(head.frontier, seq, leaf_hash(leaf))
+        origin, checkpoint = head.origin, head.checkpoint
+        if entry.action == ORIGIN_ACTION:
+            origin, checkpoint = str(entry.details["origin"]), 0
+        connection.execute(
+            update(AUDIT_HEAD)
+            .where(AUDIT_HEAD.c.id == 1)
+            .values(
+                size=seq + 1,
+                changes=changes,
+                frontier=b"".join(frontier),
+                origin=origin,
+                checkpoint=checkpoint,
+                failures=seq if entry.action == FAILURE_ACTION else head.failures,
+            )
         )
-        if advanced.rowcount != 1:
-            raise StorageError("the audit log has no head; nothing can be decided")
-        size: int = connection.execute(select(AUDIT_HEAD.c.size)).scalar_one()
-        leaf = entry.encode(instance=self._instance, realm=self._realm, seq=size - 1, at=at)
-        changed = entry.change.object if entry.change else ""
-        connection.execute(insert(AUDIT).values(seq=size - 1, object=changed, leaf=leaf))
-        return size - 1
+        changed = entry.change or Change("", 0, "")
+        connection.execute(
+            insert(AUDIT).values(
+                seq=seq, object=changed.object, version=changed.version, leaf=leaf
+            )
+        )
+        if completed:
+            connection.execute(
+                insert(AUDIT_NODE),
+                [{"level": level, "position": at, "hash": value}
+                 for (level, at), value in completed],
+            )  # fmt: skip
+        return seq
+
+
+def read_head(connection: Connection, *, lock: bool = False) -> Head:
+    """The head row.
+
+    Args:
+        connection: any transaction.
+        lock: keep every other decision out until this transaction ends (PostgreSQL; an SQLite
+            write transaction keeps them out anyway).
+
+    Raises:
+        StorageError: there is none.
+        Tampered: size and frontier do not fit.
+    """
+    query = select(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise StorageError("the audit log has no head; nothing can be decided")
+    frontier = tree.split_frontier(row.frontier, row.size)
+    if frontier is None:
+        raise Tampered(
+            "the head of the audit log does not fit its size",
+            hint="the database was edited; restore it from a backup",
+        )
+    return Head(
+        row.size, row.changes, tuple(frontier), row.origin, row.checkpoint, row.failures
+    )
+
+
+def changes(connection: Connection) -> int:
+    """How many administrative changes the log holds; equal while nothing was administered.
+
+    Raises:
+        StorageError: the head row is missing.
+    """
+    count = connection.execute(
+        select(AUDIT_HEAD.c.changes).where(AUDIT_HEAD.c.id == 1)
+    ).scalar_one_or_none()
+    if count is None:
+        raise StorageError("the audit log has no head; nothing can be decided")
+    return int(count)
 
 
 def newest_change(connection: Connection, name: str) -> Change | None:
@@ -166,19 +170,23 @@ def newest_change(connection: Connection, name: str) -> Change | None:
 
     Raises:
         FormatError: that leaf is not canonical JSON; the log was edited.
+        Tampered: that leaf is about something else.
     """
-    leaf = connection.execute(
-        select(AUDIT.c.leaf).where(AUDIT.c.object == name).order_by(AUDIT.c.seq.desc()).limit(1)
-    ).scalar()
-    if leaf is None:
-        return None
-    value = jcs.parse_canonical(leaf, what="audit leaf", limit=MAX_LEAF)
-    change = value.get("change", {}) if isinstance(value, dict) else {}
-    return Change(
-        str(change.get("object", "")),
-        int(change.get("version", 0)),
-        str(change.get("row_hash", "")),
-    )
+    return _change(connection, name, select(AUDIT.c.leaf).where(AUDIT.c.object == name))
+
+
+def logged_change(connection: Connection, name: str, version: int) -> Change | None:
+    """What the newest leaf about one version of an object says.
+
+    Raises:
+        FormatError: that leaf is not canonical JSON; the log was edited.
+        Tampered: that leaf is about something else.
+    """
+    query = select(AUDIT.c.leaf).where(AUDIT.c.object == name, AUDIT.c.version == version)
+    change = _change(connection, name, query)
+    if change is not None and change.version != version:
+        raise Tampered(f"{name}: the audit log's index names another leaf")
+    return change
 
 
 def read_leaves(database: Database, *, start: int, limit: int) -> tuple[int, list[bytes]]:
@@ -192,6 +200,34 @@ def read_leaves(database: Database, *, start: int, limit: int) -> tuple[int, lis
             .limit(min(limit, MAX_ROWS))
         ).scalars()
         return size, list(leaves)
+
+
+def node_hashes(connection: Connection, nodes: Iterable[tree.Node]) -> dict[tree.Node, bytes]:
+    """Hashes of complete nodes; those of leaves come from the leaves themselves.
+
+    Raises:
+        Tampered: one of them is missing.
+    """
+    wanted = set(nodes)
+    places = [at for level, at in wanted if level == 0]
+    upper = [(level, at) for level, at in wanted if level]
+    found: dict[tree.Node, bytes] = {}
+    if places:
+        rows = connection.execute(select(AUDIT.c.seq, AUDIT.c.leaf).where(AUDIT.c.seq.in_(places)))
+        found |= {(0, row.seq): leaf_hash(row.leaf) for row in rows}
+    if upper:
+        table = AUDIT_NODE.c
+        places_above = or_(*((table.level == level) & (table.position == at)
+                             for level, at in upper))  # fmt: skip
+        for row in connection.execute(select(AUDIT_NODE).where(places_above)):
+            found[row.level, row.position] = row.hash
+    if set(found) != wanted:
+        missing = min(wanted - set(found))
+        raise Tampered(
+            f"the audit log lacks node {missing[1]} of level {missing[0]}",
+            hint="the database was edited; restore it from a backup",
+        )
+    return found
 
 
 class FailureCount:
@@ -220,12 +256,30 @@ class FailureCount:
         with self._lock:
             return self._take()
 
+    def put_back(self, counts: dict[str, int], last: datetime) -> None:
+        """Keep counts that were not written, because another replica wrote a leaf at ``last``."""
+        with self._lock:
+            self._counts.update(counts)
+            self._last = last
+
     def _take(self) -> dict[str, int]:
         counts, self._counts = dict(self._counts), Counter()
         return counts
 
 
-def _plain(text: str) -> str:
-    """Text from outside, made safe to keep: bounded, printable, no lone surrogate."""
-    shown = "".join(char if char.isprintable() else "�" for char in text[:TEXT_LIMIT])
-    return shown.encode("utf-8", "replace").decode("utf-8")
+def seconds_since_failures(connection: Connection, now: datetime) -> float | None:
+    """Age of the newest leaf that counts failures, by any replica; ``None`` without one."""
+    seq = read_head(connection).failures
+    leaf = connection.execute(select(AUDIT.c.leaf).where(AUDIT.c.seq == seq)).scalar()
+    return None if leaf is None else (now - time_of(parse_leaf(leaf))).total_seconds()
+
+
+def _change(connection: Connection, name: str, query: Select[Any]) -> Change | None:
+    leaf = connection.execute(query.order_by(AUDIT.c.seq.desc()).limit(1)).scalar()
+    if leaf is None:
+        return None
+    change = change_of(parse_leaf(leaf))
+    if change is None or change.object != name:
+        # The column is only an index; what the leaf itself says counts.
+        raise Tampered(f"{name}: the audit log's index names another leaf")
+    return change

@@ -38,6 +38,13 @@ def serve(
     ocsp: Annotated[
         Path | None, typer.Option(help="Directory of NVIDIA's revocation answers.")
     ] = None,
+    database: Annotated[
+        str,
+        typer.Option(
+            help="PostgreSQL, without a password; default SQLite in DATA.",
+            metavar="postgresql+psycopg://USER@HOST/NAME",
+        ),
+    ] = "",
     unsafe_simulated_root: Annotated[
         Path | None,
         typer.Option(help="UNSAFE: trust this simulator instead of Intel and NVIDIA."),
@@ -45,6 +52,7 @@ def serve(
     json_output: JsonFlag = False,
 ) -> None:
     """Run the key broker until SIGTERM or SIGINT; port 0 takes a free port and tells it."""
+    from kbs.database.settings import DatabaseSettings
     from kbs.server.service import ServeSettings
     from kbs.server.service import serve as run
 
@@ -72,7 +80,8 @@ def serve(
 
     run(
         ServeSettings(
-            data, listen, admin_listen, kek, collateral, unsafe_simulated_root, rims, ocsp
+            data, listen, admin_listen, kek, collateral, unsafe_simulated_root, rims, ocsp,
+            DatabaseSettings(database),
         ),
         ready,
     )

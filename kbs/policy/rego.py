@@ -1,22 +1,25 @@
-"""Layer three: the owner's Rego policy decides whether a resource is released.
+"""Rego texts of an owner: checked when they are uploaded, evaluated in processes of their own.
 
-The policy is ``package policy`` with a rule ``allow``. ``input`` is the claims of a freshly made
-token, ``data`` is ``{"plugin": "resource", "resource-path": [repository, type, tag], "query": {}}``
-(Trustee's resource policy). Only the JSON value ``true`` allows: an undefined rule, an error, a
-conflict or any other value denies.
+Two kinds. A *resource policy* has the rule ``allow``; ``input`` is the claims of a freshly made
+token and ``data`` names the resource as Trustee does. An *attestation policy* has the rule
+``trust_claims`` and perhaps ``extensions``; ``input`` is the evidence of one submodule. Both may
+call ``query_reference_value``. Only the JSON value ``true`` allows: an undefined rule, an error, a
+conflict, a time-out or any other value denies (docs/kbs-policies.md).
 """
 
 from __future__ import annotations
 
-import threading
+import re
+from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, Final
 
 from cai import jcs
 from cai.attest.verdict import Check, check
-from cai.errors import FormatError, LimitExceeded
+from cai.errors import CaiError, FormatError, LimitExceeded
 from kbs.names import ResourceName
-from kbs.policy.rego_library import load_rego
+from kbs.policy.pool import Evaluation, Inspection, RegoPool
+from kbs.policy.worker import PRELUDE_RULE
 
 MAX_POLICY = 256 * 1024
 """Largest policy text, bytes."""
@@ -24,12 +27,36 @@ MAX_POLICY = 256 * 1024
 CHECK_NAME = "release.allow"
 """Name of the check in verdicts and audit rows."""
 
-# One evaluation takes about 3 ms, so it is not worth finding out how much state the evaluator's C++
-# library shares between threads.
-_EVALUATOR = threading.Lock()
+ALLOW: Final = "allow"
+"""Rule of a resource policy."""
+
+TRUST_CLAIMS: Final = "trust_claims"
+"""Rule of an attestation policy."""
+
+EXTENSIONS: Final = "extensions"
+"""Further rule of an attestation policy, optional."""
+
+REFERENCES: Final = "reference_values"
+"""Member of ``data`` that the prelude reads."""
+
+FAMILIES: Final = frozenset({
+    "array", "base64", "base64url", "bits", "crypto", "glob", "graph", "hex", "internal", "io",
+    "json", "net", "numbers", "object", "regex", "semver", "strings", "time", "units", "urlquery",
+    "uuid", "yaml",
+})  # fmt: skip
+"""First words of the built-in functions that compute from their arguments alone, and the clock."""
+
+REFUSED: Final = frozenset({
+    "internal.print", "print", "trace", "net.lookup_ip_addr", "uuid.rfc4122",
+})  # fmt: skip
+"""Functions that would be in ``FAMILIES``, or have no family, but reach out, print or guess."""
+
+# Blank lines and comments may stand before the package; it is the first statement of a module, so
+# a text that begins so cannot declare another one.
+_PACKAGE = re.compile(r"(?:\s|#[^\n]*\n)*package[ \t]+policy[ \t]*(?:\r?\n|$)")
 
 
-class ReleasePolicy:
+class RegoPolicy:
     """A policy text that was checked when it was stored.
 
     Attributes:
@@ -42,32 +69,71 @@ class ReleasePolicy:
         self.digest = digest
 
     @classmethod
-    def parse(cls, data: bytes) -> ReleasePolicy:
-        """Check a policy text.
+    def checked(cls, data: bytes, pool: RegoPool) -> RegoPolicy:
+        """Check what every policy must be.
 
         Raises:
             LimitExceeded: longer than ``MAX_POLICY``.
-            FormatError: not UTF-8, not Rego, or ``allow`` has no boolean default.
+            FormatError: not UTF-8, not Rego, another package, a function that reaches out, or the
+                prelude again.
         """
         if len(data) > MAX_POLICY:
             raise LimitExceeded(f"policy: {len(data)} bytes, at most {MAX_POLICY} are accepted")
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError("policy: not UTF-8") from error
-        if "\x00" in text:
+        policy = cls.stored(data)
+        if "\x00" in policy.text:
             raise FormatError("policy: holds a zero byte")
-        value, problem = _evaluate(text, {}, {})
-        if problem or not isinstance(value, bool):
-            raise FormatError(
-                f"policy: {problem or 'data.policy.allow is not true or false'}",
-                hint="write `package policy` and `default allow := false`",
-            )
-        return cls(text, sha256(data).hexdigest())
+        found = pool.inspect(policy.text)
+        if found.problem:
+            raise FormatError(f"policy: {found.problem}")
+        if not _PACKAGE.match(policy.text):
+            raise FormatError("policy: it must begin with `package policy`")
+        _require_own_rules(found)
+        _require_pure(found)
+        return policy
 
     @classmethod
-    def stored(cls, data: bytes) -> ReleasePolicy:
-        """A policy that ``parse`` accepted before it was sealed into the database.
+    def checked_resource(cls, data: bytes, pool: RegoPool) -> RegoPolicy:
+        """Check a resource policy: ``allow`` must be true or false whatever it is asked.
+
+        Raises:
+            LimitExceeded, FormatError: as ``checked``, or ``allow`` has no boolean default.
+        """
+        policy = cls.checked(data, pool)
+        answer = pool.evaluate(policy.text, (ALLOW,), data={}, input={})
+        if answer.problem or not isinstance(answer.values.get(ALLOW), bool):
+            raise FormatError(
+                f"policy: {answer.problem or 'data.policy.allow is not true or false'}",
+                hint="write `package policy` and `default allow := false`",
+            )
+        return policy
+
+    @classmethod
+    def checked_attestation(cls, data: bytes, pool: RegoPool) -> RegoPolicy:
+        """Check an attestation policy: it evaluates, and its claims have names that there are.
+
+        Raises:
+            LimitExceeded, FormatError: as ``checked``, or the claims have another form.
+        """
+        from kbs.policy.vector import parse_vector
+
+        policy = cls.checked(data, pool)
+        found = pool.inspect(policy.text)
+        if not any(rule.split(".")[2:3] == [TRUST_CLAIMS] for rule in found.rules):
+            raise FormatError(
+                "policy: it has no rule trust_claims",
+                hint='trust_claims := {"executables": executables, "hardware": hardware}',
+            )
+        rules = (TRUST_CLAIMS, EXTENSIONS)
+        answer = policy.evaluate(pool, rules, data={}, claims={}, references={})
+        if answer.problem:
+            raise FormatError(f"policy: {answer.problem}")
+        if TRUST_CLAIMS in answer.values:
+            parse_vector(answer.values[TRUST_CLAIMS])
+        return policy
+
+    @classmethod
+    def stored(cls, data: bytes) -> RegoPolicy:
+        """A policy that was checked before it was sealed into the database.
 
         Raises:
             FormatError: not UTF-8; it was stored by something else.
@@ -75,27 +141,51 @@ class ReleasePolicy:
         try:
             return cls(data.decode("utf-8"), sha256(data).hexdigest())
         except UnicodeDecodeError as error:
-            raise FormatError("stored policy: not UTF-8") from error
+            raise FormatError("policy: not UTF-8") from error
 
-    def decide(self, claims: dict[str, Any], resource: ResourceName) -> Check:
-        """The check that the policy makes of one request."""
+    def evaluate(
+        self,
+        pool: RegoPool,
+        rules: tuple[str, ...],
+        *,
+        data: Mapping[str, Any],
+        claims: Mapping[str, Any],
+        references: Mapping[str, Any],
+    ) -> Evaluation:
+        """The values of rules, with the reference values in force as data."""
+        try:
+            return pool.evaluate(
+                self.text, rules, data={**data, REFERENCES: dict(references)}, input=claims
+            )
+        except CaiError as error:
+            return Evaluation(problem=error.message)
+
+    def decide(
+        self,
+        pool: RegoPool,
+        claims: Mapping[str, Any],
+        resource: ResourceName,
+        references: Mapping[str, Any],
+    ) -> Check:
+        """The check that a resource policy makes of one request."""
         data = {
             "plugin": "resource",
             "resource-path": [resource.repository, resource.type, resource.tag],
             "query": {},
         }
-        value, problem = _evaluate(self.text, claims, data)
-        observed = problem or ("undefined" if value is None else _shown(value))
+        answer = self.evaluate(pool, (ALLOW,), data=data, claims=claims, references=references)
+        value = answer.values.get(ALLOW)
+        observed = answer.problem or ("undefined" if ALLOW not in answer.values else shown(value))
         return check(
             CHECK_NAME,
-            passed=value is True and not problem,
+            passed=value is True and not answer.problem,
             observed=observed,
             expected="true",
-            reason="the release policy does not allow it",
+            reason="the resource policy does not allow it",
         )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A policy's answer as short text."""
     try:
         return jcs.canonical(value).decode("utf-8")[:64]
@@ -103,28 +193,25 @@ def _shown(value: object) -> str:
         return type(value).__name__
 
 
-def _evaluate(text: str, claims: dict[str, Any], data: dict[str, Any]) -> tuple[Any, str]:
-    """Value of ``data.policy.allow`` (``None`` when undefined), and what went wrong, if anything.
+def _require_own_rules(found: Inspection) -> None:
+    for rule in found.rules:
+        package = rule.split(".")[1:2]
+        # Beside the packages the compiler names the query that it was given.
+        if package != ["policy"] and not package[0].startswith("query$"):
+            raise FormatError(
+                f"policy: it defines {rule.partition('.')[2][:64]}, which is another package"
+            )
+    if found.redefines:
+        raise FormatError(f"policy: it defines {PRELUDE_RULE}, which the broker provides")
 
-    Everything that the evaluator can raise or print ends as a problem text here.
-    """
-    regopy = load_rego()
-    with _EVALUATOR:
-        try:
-            interpreter = regopy.Interpreter()
-            interpreter.log_level = regopy.LogLevel.NONE
-            interpreter.add_module("policy", text)
-            interpreter.add_data_json(jcs.canonical(data).decode("utf-8"))
-            # As canonical JSON: the evaluator does not decode \u escapes, and RFC 8785 has none
-            # outside control characters.
-            interpreter.set_input_term(jcs.canonical(claims).decode("utf-8"))
-            output = interpreter.query("answer = data.policy.allow")
-            if not output.ok():
-                return None, "evaluation failed"
-            results = output.results
-        except (regopy.RegoError, ValueError, TypeError, KeyError, IndexError, OSError):
-            # ValueError: the evaluator printed an error where JSON was expected.
-            return None, "evaluation failed"
-    if len(results) != 1:
-        return None, "more than one answer"
-    return results[0].bindings.get("answer"), ""
+
+def _require_pure(found: Inspection) -> None:
+    for name in found.calls:
+        family, dot, _ = name.partition(".")
+        if name in REFUSED or (dot and family not in FAMILIES):
+            raise FormatError(
+                f"policy: it calls {name[:64]}, which no policy may",
+                hint="a policy sees its input, its data and reference values, and nothing else",
+            )
+    if found.absent:
+        raise FormatError(f"policy: it calls {found.absent[0][:64]}, which is not there")

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Table, delete, func, insert, select, update
 
 from cai import jcs
 from cai.attest.facts import Facts
 from cai.attest.jwk import PublicJwk
 from cai.attest.rcar import NONCE_SIZE
-from cai.errors import FormatError, LimitExceeded, Tampered, Unauthenticated
+from cai.errors import FormatError, Tampered, TooBusy, Unauthenticated
 from kbs.database.tables import SESSION
 from kbs.keys.sealing import RowIdentity, Sealer
 
@@ -30,6 +31,9 @@ LIFETIME = 300
 
 MAX_SESSIONS = 100_000
 """Most sessions at once; beyond it the newest is refused."""
+
+SWEEP_SECONDS = 10
+"""How often one process deletes what has expired and counts what is left, seconds."""
 
 MAX_RECORD = 1024 * 1024
 """Largest sealed record that is read back, bytes."""
@@ -53,6 +57,7 @@ class Session:
         version: protocol version of the request.
         state: how far it has come.
         expires: Unix seconds.
+        selector: id of the policy that the client expects; empty when it named none.
     """
 
     ref: str
@@ -60,6 +65,7 @@ class Session:
     version: str
     state: State
     expires: int
+    selector: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,46 @@ def session_ref(cookie: str) -> str:
     return sha256(b"cai/kbs session\x00" + cookie.encode("utf-8", "replace")).hexdigest()
 
 
+class Census:
+    """Keeps a table of short-lived rows short, without counting them at every call.
+
+    Args:
+        table: has a column ``expires`` in Unix seconds, with an index.
+        most: rows beyond which nothing is added.
+    """
+
+    def __init__(self, table: Table, most: int) -> None:
+        self._table = table
+        self._most = most
+        self._lock = threading.Lock()
+        self._swept = 0
+        self._count = 0
+
+    def admit(self, connection: Connection, seconds: int) -> None:
+        """Let one row be added inside the caller's transaction.
+
+        Raises:
+            TooBusy: there are as many as may be.
+        """
+        with self._lock:
+            due = not 0 <= seconds - self._swept < SWEEP_SECONDS
+            if due:
+                self._swept = seconds
+        if due:
+            expires = self._table.c.expires
+            connection.execute(delete(self._table).where(expires <= seconds))
+            count = connection.execute(select(func.count()).select_from(self._table)).scalar_one()
+            with self._lock:
+                self._count = count
+        with self._lock:
+            # Other replicas add rows, too; the next sweep counts them.
+            if self._count >= self._most:
+                raise TooBusy(
+                    "too many sessions", hint="try again in five minutes", code="too-many-sessions"
+                )
+            self._count += 1
+
+
 class SessionStore:
     """Sessions in one database."""
 
@@ -91,27 +137,25 @@ class SessionStore:
         self._instance = instance
         self._realm = realm
         self._sealer = sealer
+        self._census = Census(SESSION, MAX_SESSIONS)
 
     def begin(
-        self, connection: Connection, *, version: str, tee: str, now: datetime
+        self, connection: Connection, *, version: str, tee: str, now: datetime, selector: str = ""
     ) -> tuple[str, Session]:
-        """Make a session and sweep the expired ones.
+        """Make a session and, now and then, sweep the expired ones.
 
         Returns:
             The cookie value, 32 hex digits, and the session.
 
         Raises:
-            LimitExceeded: there are ``MAX_SESSIONS`` already.
+            TooBusy: there are ``MAX_SESSIONS`` already.
         """
         seconds = int(now.timestamp())
-        connection.execute(delete(SESSION).where(SESSION.c.expires <= seconds))
-        count = connection.execute(select(func.count()).select_from(SESSION)).scalar_one()
-        if count >= MAX_SESSIONS:
-            raise LimitExceeded("too many sessions", hint="try again in five minutes")
+        self._census.admit(connection, seconds)
         cookie = os.urandom(16).hex()
         nonce = base64.b64encode(os.urandom(NONCE_SIZE)).decode("ascii")
         session = Session(
-            session_ref(cookie), nonce, version, State.AUTHED, seconds + LIFETIME
+            session_ref(cookie), nonce, version, State.AUTHED, seconds + LIFETIME, selector
         )
         connection.execute(
             insert(SESSION).values(
@@ -119,6 +163,7 @@ class SessionStore:
                 nonce=nonce,
                 version=version,
                 tee=tee,
+                selector=selector,
                 state=session.state.value,
                 expires=session.expires,
             )
@@ -136,7 +181,9 @@ class SessionStore:
             raise Unauthenticated(
                 "no such session, or it has expired", hint="start again with POST auth"
             )
-        return Session(row.ref, row.nonce, row.version, State(row.state), row.expires)
+        return Session(
+            row.ref, row.nonce, row.version, State(row.state), row.expires, row.selector
+        )
 
     def consume(self, connection: Connection, session: Session, *, now: datetime) -> bool:
         """Spend the nonce by one conditional update; false when it was spent before."""
@@ -160,6 +207,7 @@ class SessionStore:
         record = jcs.canonical(
             {
                 "expires": session.expires,
+                "selector": session.selector,
                 "facts": established.facts.to_json(),
                 "tee_pubkey": established.tee_pubkey.to_json(),
                 "evidence": established.evidence,
@@ -195,6 +243,8 @@ class SessionStore:
         try:
             if value["expires"] != session.expires:
                 raise Tampered("database row session: its expiry was changed")
+            if value["selector"] != session.selector:
+                raise Tampered("database row session: its selector was changed")
             return Established(
                 Facts.from_json(value["facts"]),
                 PublicJwk.parse(value["tee_pubkey"]),

@@ -11,36 +11,32 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection
-
 from cai.attest import jwe
-from cai.attest.anchors import TrustAnchors
+from cai.attest.checkpoint import read_checkpoint
 from cai.attest.facts import Facts
-from cai.attest.gpu.ocsp_store import OcspStore
-from cai.attest.gpu.rim_store import RimStore
 from cai.attest.jwk import PublicJwk
+from cai.attest.lease import LeaseAnswer, LeaseGrant, LeaseRequest
 from cai.attest.rcar import Challenge, Request
-from cai.attest.tdx.collateral import CollateralStore
-from cai.attest.verdict import Check, Verdict, check
-from cai.attest.verify import hardware_identity
-from cai.errors import (
-    CaiError,
-    EvidenceRefused,
-    FormatError,
-    InputMissing,
-    PolicyDenied,
-    Unauthenticated,
-)
+from cai.attest.ticket import Ticket, ticket_digest
+from cai.errors import CaiError, FormatError, InputMissing, Unauthenticated
+from cai.secret import Secret
 from kbs.audit.log import Entry
 from kbs.core import Core
 from kbs.instance import Instance
 from kbs.names import ResourceName
-from kbs.policy.rows import Policies, current_policies
+from kbs.policy.references import References
+from kbs.policy.settings import PolicySettings
+from kbs.policy.store import Policies
 from kbs.protocol import attestation as protocol
 from kbs.protocol import token
 from kbs.protocol.sessions import Established, Session, State, session_ref
-from kbs.release.decision import decide
-from kbs.rows import Stored
+from kbs.protocol.verifier import Verifier
+from kbs.release.evaluation import Evaluator, Rules
+from kbs.release.pipeline import Asked, Pipeline
+from kbs.release.refusal import evidence_refused, failed_entry, guest, reasons
+from kbs.release.settings import ReleaseSettings
+from kbs.release.ticket import issue_ticket
+from kbs.resources.settings import ResourceSettings
 
 
 class KeyBroker:
@@ -48,31 +44,31 @@ class KeyBroker:
 
     Args:
         instance: its open database and keys.
-        anchors: the roots it trusts; their kind must be that of the realm.
-        collateral: Intel's statements about platforms.
+        verifier: what it verifies evidence with.
         clock: the time; nobody outside can give it.
         unsafe: names of the ``unsafe_…`` settings in force.
-        rims: NVIDIA's reference measurements; ``None`` does not compare.
-        ocsp: NVIDIA's revocation answers; ``None`` does not ask.
+        leases: how long they hold.
+        resources: limits and retention of resources, and which live elsewhere.
+        policy: limits of Rego evaluations, and life of reference values.
     """
 
     def __init__(
         self,
         instance: Instance,
         *,
-        anchors: TrustAnchors,
-        collateral: CollateralStore,
+        verifier: Verifier,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         unsafe: tuple[str, ...] = (),
-        rims: RimStore | None = None,
-        ocsp: OcspStore | None = None,
+        leases: ReleaseSettings | None = None,
+        resources: ResourceSettings | None = None,
+        policy: PolicySettings | None = None,
     ) -> None:
         self.instance = instance
         self.unsafe = unsafe
-        self._anchors = anchors
-        self._collateral = collateral
-        self._rims, self._ocsp = rims, ocsp
-        self.core = Core(instance, clock)
+        self.verifier = verifier
+        self.core = Core(instance, clock, resources=resources, policy=policy)
+        self._evaluator = Evaluator(self.core, unsafe)
+        self._pipeline = Pipeline(self.core, self._evaluator, leases or ReleaseSettings())
         self.count_failure = self.core.count_failure
         self.close = self.core.close
 
@@ -88,11 +84,12 @@ class KeyBroker:
         """
         request = Request.parse(body)
         protocol.accept_request(request)
-        core = self.core
+        core, selector = self.core, request.selector
         with core.database.write() as connection:
             cookie, session = core.sessions.begin(
-                connection, version=request.version, tee=request.tee, now=core.clock()
-            )
+                connection, version=request.version, tee=request.tee, now=core.clock(),
+                selector=selector,
+            )  # fmt: skip
         return Challenge(session.nonce).to_json(), cookie
 
     def attest(self, cookie: str, body: bytes, *, request: str) -> str:
@@ -116,37 +113,35 @@ class KeyBroker:
             )
             self._consume(session)
         except CaiError as error:
-            core.record(self._refusal("attest", session, request, error))
+            entry = failed_entry(
+                "attest", session, request, error, simulated=self.verifier.anchors.simulated,
+                unsafe=self.unsafe,
+            )  # fmt: skip
+            core.record(entry)
             raise
-        verified = protocol.verify_attestation(
+        verified = self.verifier.attestation(
             attestation,
             nonce=session.nonce,
-            realm=self.instance.realm,
-            anchors=self._anchors,
-            collateral=self._collateral,
             now=core.clock(),
             require_agreement=self._wants_agreement(),
-            rims=self._rims,
-            ocsp=self._ocsp,
         )
         verdict = verified.verdict.extended((), unsafe=(*verified.verdict.unsafe, *self.unsafe))
         entry = Entry(
             "attest",
-            _guest(session),
+            guest(session),
             request,
             allowed=verified.facts is not None,
-            reason=_reasons(verdict),
+            reason=reasons(verdict),
             verdict=verdict,
             evidence=verified.evidence,
         )
         if verified.facts is None:
             core.record(entry)
-            verdict.require()
-            raise EvidenceRefused(f"{verdict.subject} refused", verdict=verdict)
-        with core.database.write() as connection:
-            established = self._establish(
-                connection, session, verified.facts, attestation.tee_pubkey, verified.evidence
-            )
+            raise evidence_refused(verdict)
+        established = self._establish(
+            session, verified.facts, attestation.tee_pubkey, verified.evidence
+        )
+        with core.database.decide() as connection:
             core.sessions.complete(connection, session, established)
             core.audit.append(connection, entry, core.clock())
         return established.token
@@ -171,32 +166,60 @@ class KeyBroker:
             InputMissing: not a resource name; or policies would allow it, but there is none.
             Tampered: a stored row is not the one that was stored.
         """
-        core, session = self.core, self._find(self._reference(cookie, bearer))
-        try:
-            name = ResourceName.parse(path)
-        except FormatError as error:
-            raise InputMissing(error.message, hint=error.hint, code="request-path") from error
-        refused: CaiError | None = None
-        stored: Stored | None = None
-        with core.database.decide() as connection:
-            try:
-                established = core.sessions.established(connection, session)
-                entry = self._decide(connection, session, established, name, request)
-                if entry.allowed:
-                    stored = core.resources.get(connection, name.path)
-                    entry, refused = _with_resource(entry, stored, name)
-                else:
-                    refused = _denied(entry)
-            except CaiError as error:
-                entry = self._refusal("release", session, request, error, subject=name.uri)
-                refused = error
-            core.audit.append(connection, entry, core.clock())
-        # Committed: only now may the answer leave.
-        if refused is not None:
-            raise refused
-        if stored is None:
-            raise CaiError("a release was allowed without a resource")
-        return jwe.encrypt(stored.contents, established.tee_pubkey)
+        session = self._find(self._reference(cookie, bearer))
+        decision = self._pipeline.decide(Asked(session, _resource_name(path), request))
+        return jwe.encrypt(decision.resource.contents, decision.established.tee_pubkey)
+
+    def lease(
+        self, body: bytes, *, cookie: str | None, bearer: str | None, request: str
+    ) -> dict[str, Any]:
+        """Grant or renew a lease (docs/spec-lease.md §2).
+
+        Blocks until the decision is under a checkpoint, about a second at most.
+
+        Args:
+            body: the request, canonical JSON.
+            cookie: of the attested session.
+            bearer: an attestation token instead.
+            request: id of this request.
+
+        Returns:
+            The answer as a JSON value: JWE, ticket, consistency proof.
+
+        Raises:
+            FormatError, LimitExceeded: the request has another form.
+            Unauthenticated: no attested session.
+            PolicyDenied: a policy or a block says no; carries the verdict.
+            InputMissing: policies would allow it, but there is no such resource.
+            Tampered: a stored row is not the one that was stored.
+        """
+        wanted = LeaseRequest.parse(body)
+        session = self._find(self._reference(cookie, bearer))
+        name = _resource_name(wanted.resource)
+        if wanted.resource != name.uri:
+            raise FormatError("lease request: resource is not kbs:///repository/type/tag")
+        decision = self._pipeline.decide(Asked(session, name, request, wanted))
+        lease, claims = decision.lease, decision.claims
+        if lease is None or claims is None:
+            raise CaiError("a lease was allowed without being granted")
+        ticket = issue_ticket(self.core, claims, decision.seq)
+        grant = LeaseGrant(
+            lease=lease.id, resource=name.uri, version=decision.resource.version,
+            nonce=wanted.nonce, ttl_s=lease.ttl_s, drain_s=lease.drain_s,
+            ticket=ticket_digest(ticket), contents=Secret(decision.resource.contents),
+        )  # fmt: skip
+        sealed = jwe.encrypt(grant.encode(), decision.established.tee_pubkey)
+        return LeaseAnswer(sealed, ticket, self._growth(wanted, ticket)).to_json()
+
+    def _growth(self, wanted: LeaseRequest, ticket: bytes) -> tuple[str, ...]:
+        """Proof from the checkpoint that the guest knows to the one of its ticket."""
+        known = wanted.checkpoint
+        newest = read_checkpoint(Ticket.parse(ticket).audit.proof.note)
+        if known is None or known.origin != newest.origin or known.size > newest.size:
+            # There is none; the guest sees what that means.
+            return ()
+        steps = self.core.checkpoints.consistency(known.size, newest.size)
+        return tuple(step.hex() for step in steps)
 
     def _reference(self, cookie: str | None, bearer: str | None) -> str:
         if cookie:
@@ -229,7 +252,7 @@ class KeyBroker:
         """Whether the policy in force demands that both TDX engines verify."""
         try:
             with self.core.database.read() as connection:
-                verification = current_policies(self.core.policies, connection).verification
+                verification = self.core.policies.for_id(connection).verification
         except CaiError:
             return True  # a damaged policy: the stricter reading
         return verification is not None and verification.tdx.require_agreement
@@ -240,120 +263,27 @@ class KeyBroker:
             spent = core.sessions.consume(connection, session, now=core.clock())
         if not spent:
             raise Unauthenticated(
-                "this session's nonce was used before", hint="start again with POST auth"
-            )
+                "this session's nonce was used before", hint="start again with POST auth",
+                code="nonce-replayed",
+            )  # fmt: skip
 
     def _establish(
-        self,
-        connection: Connection,
-        session: Session,
-        facts: Facts,
-        key: PublicJwk,
-        evidence: dict[str, str],
+        self, session: Session, facts: Facts, key: PublicJwk, evidence: dict[str, str]
     ) -> Established:
+        """What the session knows from now on; its token says what policies make of it today."""
         try:
-            policies = current_policies(self.core.policies, connection)
+            with self.core.database.read() as connection:
+                rules = self._evaluator.for_anybody(connection)
         except CaiError:
             # A damaged policy row denies at release; it does not change what the evidence says.
-            policies = Policies()
-        verification = policies.verification
-        appraisal = (
-            verification.appraise(facts, now=self.core.clock()) if verification else None
-        )
+            rules = Rules(Policies(), References())
         established = Established(facts, key, evidence, token="")
-        claims = self._claims(session, established, policies, appraisal)
+        claims = self._evaluator.claims(rules, session, established)
         return replace(established, token=token.sign_token(claims, self.instance.token_key))
 
-    def _decide(
-        self,
-        connection: Connection,
-        session: Session,
-        established: Established,
-        name: ResourceName,
-        request: str,
-    ) -> Entry:
-        policies = current_policies(self.core.policies, connection)
-        facts, now = established.facts, self.core.clock()
-        verdict = decide(
-            facts,
-            resource=name,
-            realm=self.instance.realm,
-            verification=policies.verification,
-            release=policies.release,
-            claims=lambda checks: self._claims(session, established, policies, checks),
-            hardware=hardware_identity(facts, now=now),
-            now=now,
-        )
-        verdict = verdict.extended((), unsafe=(*verdict.unsafe, *self.unsafe))
-        return Entry(
-            "release",
-            _guest(session),
-            request,
-            allowed=verdict.passed,
-            reason=_reasons(verdict),
-            subject=name.uri,
-            verdict=verdict,
-            evidence=established.evidence,
-            policies=policies.digests,
-        )
 
-    def _claims(
-        self,
-        session: Session,
-        established: Established,
-        policies: Policies,
-        appraisal: tuple[Check, ...] | None,
-    ) -> dict[str, Any]:
-        return token.token_claims(
-            established.facts,
-            appraisal,
-            policy_digest=policies.verification.digest if policies.verification else None,
-            realm=self.instance.realm,
-            instance=self.instance.id,
-            runtime={"nonce": session.nonce, "tee-pubkey": established.tee_pubkey.to_json()},
-            evidence=established.evidence,
-            issued=self.core.clock(),
-            expires=session.expires,
-            ref=session.ref,
-        )
-
-    def _refusal(
-        self, action: str, session: Session, request: str, error: CaiError, *, subject: str = ""
-    ) -> Entry:
-        failed = check(f"kbs.{error.machine_code}", passed=False, reason=error.message)
-        verdict = Verdict(
-            subject=action,
-            checks=(failed,),
-            simulated=self._anchors.simulated,
-            unsafe=self.unsafe,
-        )
-        return Entry(
-            action, _guest(session), request, allowed=False, reason=error.message,
-            subject=subject, verdict=verdict,
-        )  # fmt: skip
-
-
-def _guest(session: Session) -> dict[str, str]:
-    return {"kind": "guest", "session": session.ref}
-
-
-
-def _reasons(verdict: Verdict) -> str:
-    return "; ".join(f"{item.name}: {item.reason}" for item in verdict.failures)
-
-
-def _denied(entry: Entry) -> PolicyDenied:
-    return PolicyDenied(
-        f"Access denied by policy: {entry.reason}",
-        verdict=entry.verdict,
-        hint="the administrator sees every check with `kbs audit show`",
-    )
-
-
-def _with_resource(
-    entry: Entry, stored: Stored | None, name: ResourceName
-) -> tuple[Entry, CaiError | None]:
-    if stored is not None:
-        return replace(entry, served=stored.version), None
-    missing = InputMissing(f"there is no resource {name.uri}", hint="kbs resource set URI FILE")
-    return replace(entry, allowed=False, reason=missing.message), missing
+def _resource_name(path: str) -> ResourceName:
+    try:
+        return ResourceName.parse(path)
+    except FormatError as error:
+        raise InputMissing(error.message, hint=error.hint, code="request-path") from error

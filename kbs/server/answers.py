@@ -1,4 +1,4 @@
-"""What the two listeners share: bounded bodies, errors as Trustee writes them, headers.
+"""What the surfaces share: bounded bodies, errors as Trustee writes them, identification.
 
 Every answer that is not 200 is an ``ErrorInformation``; no exception of ours or of a library
 becomes anything else.
@@ -13,25 +13,15 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import PurePath
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from cai.attest.rcar import MAX_MESSAGE, ErrorInformation
-from cai.errors import (
-    CaiError,
-    EvidenceRefused,
-    FormatError,
-    InputError,
-    InputMissing,
-    LimitExceeded,
-    PolicyDenied,
-    Tampered,
-    Unauthenticated,
-    UsageError,
-)
+from cai.attest.rcar import ERROR_PAGES, MAX_MESSAGE
+from cai.errors import CaiError, FormatError, InputMissing, LimitExceeded
 from kbs.release.broker import KeyBroker
+from kbs.server.kinds import KEPT_BY_TRUSTEE, KINDS, Kind, kind_of, page, status_of
 
 LOG = logging.getLogger("kbs")
 
@@ -41,81 +31,75 @@ BODY_SECONDS = 30
 MAX_DETAIL = 4096
 """Longest ``detail`` of an error, characters."""
 
-_KINDS: Final[tuple[tuple[type[CaiError], str], ...]] = (
-    (PolicyDenied, "PolicyDeny"),
-    (EvidenceRefused, "AttestationError"),
-    (Unauthenticated, "TokenNotFound"),
-    (InputMissing, "PluginInternalError"),
-    (Tampered, "StorageBackendInitialization"),
-    (InputError, "SerdeError"),
-    (UsageError, "ParsePolicyError"),
-)
-"""Trustee's names of our errors, most special first."""
+RETRY_SECONDS = 1
+"""``Retry-After`` of what may succeed soon, seconds."""
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+_RETRIED: Final = (429, 503)
 
 
-_KIND_OF_CODE: Final = {
-    "protocol-version": "AttestationError", "request-path": "InvalidRequestPath",
-}  # fmt: skip
+def error_handlers(*, admin: bool) -> dict[Any, Handler]:
+    """The handlers of one surface, by class of exception.
+
+    Args:
+        admin: the surface of administrators.
+    """
+
+    async def known(request: Request, error: Exception) -> Response:
+        if not isinstance(error, CaiError):
+            return internal_error(request, error)
+        return error_answer(request, error, admin=admin)
+
+    async def routing(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 400
+        return error_answer(request, _routing_error(request, status), admin=False)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        return internal_error(request, error)
+
+    return {CaiError: known, HTTPException: routing, Exception: unknown}
 
 
-def new_app(broker: KeyBroker, *, unauthenticated: str) -> FastAPI:
+def new_app(broker: KeyBroker, *, unauthenticated: str = "") -> FastAPI:
     """An application without routes but with every error handler and ``/healthz``.
 
     Args:
         broker: named in ``/healthz``.
-        unauthenticated: this listener's kind of ``Unauthenticated``.
+        unauthenticated: ``AdminAuthAccess`` on the surface of administrators.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    async def known(request: Request, error: Exception) -> Response:
-        if not isinstance(error, CaiError):
-            return unknown(request, error)
-        return error_answer(request, error, unauthenticated=unauthenticated)
-
-    async def routing(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 400
-        # A wrong method is, to Trustee's dispatcher, a plugin that does not exist.
-        kind = "InvalidRequestPath" if status in (404, 405) else "HTTPFailed"
-        detail = f"{request.method} {request.url.path[:128]} is not served here"
-        return _answer(404 if status == 405 else status, ErrorInformation(kind, detail), request)
-
-    def unknown(request: Request, error: Exception) -> Response:
-        # Where it happened, but not the message: it may repeat what was being handled.
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{PurePath(frame.filename).name}:{frame.lineno}"
-        LOG.error("request %s failed: %s at %s", request_id(request), type(error).__name__, place)
-        detail = f"internal error, request {request_id(request)}"
-        return _answer(500, ErrorInformation("PluginInternalError", detail), request)
-
-    app.add_exception_handler(CaiError, known)
-    app.add_exception_handler(HTTPException, routing)
-
-    @app.middleware("http")
-    async def harden(
-        request: Request, follow: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        try:
-            response = await follow(request)
-        except Exception as error:
-            response = unknown(request, error)
-        response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["X-Request-Id"] = request_id(request)
-        return response
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, object]:
-        return {
-            "status": "ok",
-            "realm": broker.instance.realm.value,
-            "unsafe": list(broker.unsafe),
-        }
-
+    for kind, handler in error_handlers(admin=unauthenticated == "AdminAuthAccess").items():
+        app.add_exception_handler(kind, handler)
+    app.add_route("/healthz", health_route(broker), ["GET"])
     return app
 
 
+def health_route(broker: KeyBroker) -> Callable[[Request], Awaitable[Response]]:
+    """``/healthz``: the process lives, and what it is."""
+
+    async def healthz(_request: Request) -> Response:
+        return json_answer(
+            {
+                "status": "ok",
+                "realm": broker.instance.realm.value,
+                "unsafe": list(broker.unsafe),
+            }
+        )
+
+    return healthz
+
+
+async def error_page(request: Request) -> Response:
+    """The page of one kind of error, where ``type`` points."""
+    kind = KINDS.get(str(request.path_params.get("kind")))
+    if kind is None:
+        raise InputMissing("there is no such kind of error", code="request-path")
+    return Response(page(kind), media_type="text/plain; charset=utf-8")
+
+
 def request_id(request: Request) -> str:
-    """Id of this request, made at its first use; audit rows and answers name it."""
+    """Id of this request; audit rows and answers name it."""
     known: str | None = getattr(request.state, "request_id", None)
     if known is None:
         known = uuid.uuid4().hex
@@ -142,18 +126,42 @@ async def read_body(request: Request, *, limit: int = MAX_MESSAGE) -> bytes:
     return bytes(body)
 
 
-def error_answer(request: Request, error: CaiError, *, unauthenticated: str) -> Response:
-    """An error of ours on the wire."""
-    kind = next((name for cls, name in _KINDS if isinstance(error, cls)), "PluginInternalError")
-    kind = _KIND_OF_CODE.get(error.machine_code, kind)
-    if isinstance(error, Unauthenticated):
-        kind = unauthenticated
-    # A row that does not authenticate is this service's trouble, not the caller's.
-    status = 500 if isinstance(error, Tampered) else error.http_status
+def error_answer(request: Request, error: CaiError, *, admin: bool) -> Response:
+    """An error of ours on the wire.
+
+    Args:
+        request: what is answered.
+        error: what happened.
+        admin: on the surface of administrators.
+    """
+    kind = kind_of(error, admin=admin)
+    status = status_of(error, kind)
     if status >= 500:
         LOG.error("request %s: %s", request_id(request), error.message)
-    information = ErrorInformation(kind, error.message[:MAX_DETAIL])
-    return _answer(status, information, request, code=error.machine_code, hint=error.hint)
+    body: dict[str, str] = {
+        "type": "",
+        "detail": error.message[:MAX_DETAIL],
+        # Readers of Trustee's two members ignore ours.
+        "code": error.machine_code,
+        "request": request_id(request),
+    }
+    if error.hint:
+        body["hint"] = error.hint
+    return _answer(request, kind, status, body)
+
+
+def internal_error(request: Request, error: Exception) -> Response:
+    """A fault of our own: where it happened, but not its message, which may repeat a secret."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{PurePath(frame.filename).name}:{frame.lineno}"
+    LOG.error("request %s failed: %s at %s", request_id(request), type(error).__name__, place)
+    body = {
+        "type": "",
+        "detail": f"internal error, request {request_id(request)}",
+        "code": "internal",
+        "request": request_id(request),
+    }
+    return _answer(request, KINDS["PluginInternalError"], 500, body)
 
 
 def json_answer(value: object, *, status: int = 200) -> Response:
@@ -161,18 +169,30 @@ def json_answer(value: object, *, status: int = 200) -> Response:
     return Response(json.dumps(value, separators=(",", ":")), status, media_type="application/json")
 
 
-def _answer(
-    status: int,
-    information: ErrorInformation,
-    request: Request,
-    *,
-    code: str = "",
-    hint: str | None = None,
-) -> Response:
-    body: dict[str, str] = {**information.to_json(), "request": request_id(request)}
-    # Readers of Trustee's two members ignore ours.
-    if code:
-        body["code"] = code
-    if hint:
-        body["hint"] = hint
-    return json_answer(body, status=status)
+def _answer(request: Request, kind: Kind, status: int, body: dict[str, str]) -> Response:
+    name = kind.name
+    if getattr(request.state, "compat", False):
+        name = kind.trustee or name
+        # Trustee's dispatcher knows 404 for two kinds and 401 for everything else.
+        status = 404 if kind.name in KEPT_BY_TRUSTEE else 401
+    prefix: str = getattr(request.state, "prefix", "")
+    body["type"] = f"{prefix}{ERROR_PAGES}/{name}"
+    answer = json_answer(body, status=status)
+    if status in _RETRIED:
+        answer.headers["Retry-After"] = str(RETRY_SECONDS)
+    return answer
+
+
+def _routing_error(request: Request, status: int) -> CaiError:
+    """What the router says, as an error of ours."""
+    path = request.url.path[:128]
+    if status in (404, 405):
+        parts = request.scope["path"].split("/")
+        # A first segment that nothing answers to, or not with this method, is to Trustee a plugin
+        # that does not exist.
+        plugin = len(parts) > 3 and parts[1:3] == ["kbs", "v0"]
+        return InputMissing(
+            f"{request.method} {path} is not served here",
+            code="no-such-service" if plugin else "request-path",
+        )
+    return FormatError(f"{request.method} {path}: HTTP error {status}", code="http")

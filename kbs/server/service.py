@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,22 +18,26 @@ from cai.attest.anchors import simulated_anchors, vendor_anchors
 from cai.attest.gpu.ocsp_store import load_ocsp
 from cai.attest.gpu.rim_store import load_rims
 from cai.attest.tdx.collateral import CollateralStore, load_collateral
-from cai.errors import Interrupted, ListenerFailed, SettingError, UsageError
-from kbs.admin.app import admin_app
+from cai.errors import Interrupted, SettingError, UsageError
+from kbs.database.settings import DatabaseSettings
 from kbs.instance import default_kek, open_instance
 from kbs.names import Realm
 from kbs.policy.rego_library import load_rego
+from kbs.protocol.verifier import Endorsements, Verifier
 from kbs.release.broker import KeyBroker
-from kbs.server.public_app import public_app
+from kbs.server.config import ServeSettings
+from kbs.server.connection import bounded_connections
+from kbs.server.crew import Crew
+from kbs.server.listeners import Address, close_listener, open_listener, url_of
+from kbs.server.surfaces import surfaces
+from kbs.server.tls import Certificate
+from kbs.server.watch import Watch, Watched
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 KEEP_ALIVE_SECONDS = 10
 """How long an idle connection is kept, seconds."""
-
-MAX_CONNECTIONS = 512
-"""Most connections that are served at once; more get 503."""
 
 MAX_HEADERS = 288 * 1024
 """Largest request head, bytes; a bearer token of a guest with many GPUs is long."""
@@ -44,31 +47,6 @@ STOP_SECONDS = 10
 
 UNSAFE_SIMULATED = "unsafe_simulated_root"
 """Name of the setting as health, logs and verdicts show it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServeSettings:
-    """What ``kbs serve`` is told.
-
-    Attributes:
-        data: data directory.
-        listen: ``HOST:PORT`` of the main listener.
-        admin_listen: ``HOST:PORT`` of the admin listener; loopback only.
-        kek: key encryption key file; by default beside ``data``.
-        collateral: bundle or directory of Intel's collateral.
-        unsafe_simulated_root: directory of a simulator's public parts; the simulated realm.
-        rims: directory of NVIDIA's reference measurements.
-        ocsp: directory of NVIDIA's revocation answers.
-    """
-
-    data: Path
-    listen: str
-    admin_listen: str
-    kek: Path | None = None
-    collateral: Path | None = None
-    unsafe_simulated_root: Path | None = None
-    rims: Path | None = None
-    ocsp: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +76,37 @@ def open_broker(
     anchors = vendor_anchors() if root is None else simulated_anchors(root)
     if anchors.simulated is not (realm is Realm.SIMULATED):
         raise SettingError("the trust anchors are of another realm than the database")
-    collateral_path = settings.collateral
-    if collateral_path is None and root is not None:
-        collateral_path = root / "collateral"
-    collateral = (
-        CollateralStore.empty() if collateral_path is None else load_collateral(collateral_path)
-    )
-    # What is missing in either is not asked; each policy decides whether that will do.
-    rims = None if settings.rims is None else load_rims(settings.rims, if_available=True)
-    ocsp = None if settings.ocsp is None else load_ocsp(settings.ocsp, if_available=True)
+    endorsements = load_endorsements(settings)
+    database = settings.database or DatabaseSettings()
     instance = open_instance(
-        settings.data, settings.kek or default_kek(settings.data), realm, now=clock()
-    )
-    unsafe = () if root is None else (UNSAFE_SIMULATED,)
-    return KeyBroker(
-        instance, anchors=anchors, collateral=collateral, clock=clock, unsafe=unsafe, rims=rims,
-        ocsp=ocsp,
+        settings.data, settings.kek or default_kek(settings.data), realm, now=clock(),
+        database=database, keys=settings.keys,
     )  # fmt: skip
+    unsafe = (() if root is None else (UNSAFE_SIMULATED,)) + database.unsafe
+    return KeyBroker(
+        instance,
+        verifier=Verifier(anchors, realm, endorsements),
+        clock=clock,
+        unsafe=unsafe + settings.policy.unsafe,
+        leases=settings.release,
+        resources=settings.resources,
+        policy=settings.policy,
+    )
+
+
+def load_endorsements(settings: ServeSettings) -> Endorsements:
+    """What vendors say about platforms and devices, from the files of these settings.
+
+    Raises:
+        CaiError: a file cannot be read, or is not what it must be.
+    """
+    path = _collateral_path(settings)
+    # What is missing of the others is not asked; each policy decides whether that will do.
+    return Endorsements(
+        CollateralStore.empty() if path is None else load_collateral(path),
+        None if settings.rims is None else load_rims(settings.rims, if_available=True),
+        None if settings.ocsp is None else load_ocsp(settings.ocsp, if_available=True),
+    )
 
 
 def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
@@ -126,84 +118,95 @@ def serve(settings: ServeSettings, ready: Callable[[Ready], None]) -> None:
 
     Raises:
         ListenerFailed: an address cannot be listened on.
+        UsageError, SettingError: a listener may not be where it is asked for.
         Interrupted: ended by SIGINT.
         SystemExit: with 143, ended by SIGTERM.
     """
-    host, port = parse_address(settings.admin_listen, "--admin-listen")
-    require_loopback(host)
-    # Ports first: a second start fails before it touches the database.
-    with (
-        contextlib.closing(bind(*parse_address(settings.listen, "--listen"))) as main,
-        contextlib.closing(bind(host, port)) as admin,
-        contextlib.closing(open_broker(settings)) as broker,
-    ):
+    main_address = Address.parse(settings.listen, "--listen")
+    admin_address = Address.parse(settings.admin_address, "--admin-listen")
+    certificates = open_certificates(settings, admin_address)
+    with contextlib.ExitStack() as stack:
+        # Ports first: a second start fails before it touches the database.
+        listeners = []
+        for address in (main_address, admin_address):
+            listeners.append(open_listener(address))
+            stack.callback(close_listener, listeners[-1])
+        broker = stack.enter_context(contextlib.closing(open_broker(settings)))
+        crew = stack.enter_context(contextlib.closing(Crew(settings.limits)))
+        served = surfaces(broker, settings, crew)
+        main_url, admin_url = (
+            url_of(listener, tls=certificate is not None)
+            for listener, certificate in zip(listeners, certificates, strict=True)
+        )
         told = Ready(
-            _url(main), _url(admin), broker.instance.realm.value, broker.unsafe, settings.data
+            main_url + settings.http.prefix,
+            admin_url + (settings.http.prefix if admin_address.path is None else ""),
+            broker.instance.realm.value,
+            broker.unsafe,
+            settings.data,
         )
         servers = [
-            (_server(public_app(broker)), main),
-            (_server(admin_app(broker)), admin),
+            (_server(app, settings, certificate), listener)
+            for app, certificate, listener in zip(
+                (served.main, served.admin), certificates, listeners, strict=True
+            )
         ]
-        ended = asyncio.run(_run(servers, lambda: ready(told)))
+        watched = _watched(settings, broker, certificates)
+        ended = asyncio.run(_run(servers, watched, lambda: ready(told)))
     if ended == signal.SIGINT:
         raise Interrupted("interrupted")
     raise SystemExit(143)
 
 
-def parse_address(text: str, option: str) -> tuple[str, int]:
-    """Read ``HOST:PORT``; an IPv6 address stands in brackets.
+def open_certificates(
+    settings: ServeSettings, admin: Address
+) -> tuple[Certificate | None, Certificate | None]:
+    """The certificates of the main and the admin listener; ``None`` is plain HTTP.
 
     Raises:
-        UsageError: another form.
+        UsageError: others could reach the admin listener in clear; it carries keys.
+        SettingError, InputMissing: the files are not a chain and its key.
     """
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
-    if not colon or not host or not 0 <= number <= 65535:
-        raise UsageError(f"{option} {text!r}: expected HOST:PORT", hint="e.g. 127.0.0.1:8080")
-    return host, number
-
-
-def require_loopback(host: str) -> None:
-    """Refuse an admin listener that others can reach; it carries keys in clear.
-
-    Raises:
-        UsageError: the host is not a loopback address.
-    """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    main = None if settings.tls.pair is None else Certificate(*settings.tls.pair)
+    chain, key = settings.admin.certificate, settings.admin.private_key
+    if chain is not None and key is not None:
+        return main, Certificate(chain, key)
+    if admin.is_private:
+        return main, None
+    if main is None:
         raise UsageError(
-            f"--admin-listen {host}: the admin listener has no TLS and stays on loopback",
-            hint="reach it through ssh -L",
+            f"--admin-listen {admin.host}: the admin listener has no TLS and stays on loopback",
+            hint="set [admin] certificate and private_key, or reach it through ssh -L",
         )
+    return main, main
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
+def _collateral_path(settings: ServeSettings) -> Path | None:
+    root = settings.unsafe_simulated_root
+    if settings.collateral is None and root is not None:
+        return root / "collateral"
+    return settings.collateral
 
-    Raises:
-        ListenerFailed: the address is in use or not ours.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ListenerFailed(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(socket.SOMAXCONN)
-    except OSError as error:
-        listener.close()
-        raise ListenerFailed(
-            f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another port"
-        ) from error
-    return listener
+
+def _watched(
+    settings: ServeSettings,
+    broker: KeyBroker,
+    certificates: tuple[Certificate | None, Certificate | None],
+) -> list[Watched]:
+    watched = [
+        Watched("TLS certificate", certificate.files, certificate.reload, here=True)
+        for certificate in dict.fromkeys(certificates)
+        if certificate is not None
+    ]
+    paths = (_collateral_path(settings), settings.rims, settings.ocsp)
+    endorsements = tuple(path for path in paths if path is not None)
+    if endorsements:
+
+        def load() -> None:
+            broker.verifier.exchange(load_endorsements(settings))
+
+        watched.append(Watched("collateral", endorsements, load))
+    return watched
 
 
 class _Server(uvicorn.Server):
@@ -214,30 +217,34 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: FastAPI) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=STOP_SECONDS,
-            limit_concurrency=MAX_CONNECTIONS,
-            h11_max_incomplete_event_size=MAX_HEADERS,
-        )
+def _server(app: ASGIApp, settings: ServeSettings, certificate: Certificate | None) -> _Server:
+    config = uvicorn.Config(
+        app,
+        http=bounded_connections(settings.limits.connections),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADERS,
     )
+    config.load()
+    config.ssl = None if certificate is None else certificate.context
+    return _Server(config)
 
 
 async def _run(
-    servers: list[tuple[_Server, socket.socket]], ready: Callable[[], None]
+    servers: list[tuple[_Server, socket.socket]],
+    watched: list[Watched],
+    ready: Callable[[], None],
 ) -> signal.Signals:
     ended = signal.SIGTERM
     loop = asyncio.get_running_loop()
+    watch = Watch(watched)
+    loop.add_signal_handler(signal.SIGHUP, watch.hurry)
 
     def stop(number: signal.Signals) -> None:
         nonlocal ended
@@ -247,6 +254,7 @@ async def _run(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    looking: asyncio.Task[None] | None = None
     tasks = [asyncio.create_task(server.serve([listener])) for server, listener in servers]
     try:
         while not all(server.started for server, _ in servers):
@@ -255,14 +263,13 @@ async def _run(
                     task.result()
                     return ended
             await asyncio.sleep(0.01)
+        looking = asyncio.create_task(watch.run())
         ready()
         await asyncio.gather(*tasks)
     finally:
         stop(ended)
+        if looking is not None:
+            looking.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return ended
 
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -167,7 +167,7 @@ def test_bad_challenges_are_refused(value: Any) -> None:
 def test_error_information() -> None:
     error = rcar.ErrorInformation("PolicyDeny", "no")
     value = error.to_json()
-    assert value["type"] == "https://github.com/confidential-containers/kbs/errors/PolicyDeny"
+    assert value["type"] == "/kbs/v0/errors/PolicyDeny"
     assert rcar.ErrorInformation.parse(json.dumps({**value, "more": 1}).encode()) == error
 
 

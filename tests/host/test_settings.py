@@ -93,7 +93,7 @@ def test_a_changed_measured_setting_is_refused(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     ("member", "value"),
     [
-        ("cai-launch", 2), ("owner_key", "AB" * 32), ("kbs", "trustee"), ("settings", []),
+        ("cai-launch", 2), ("owner_key", "AB" * 32), ("kbs", "stock"), ("kbs_key", "ab"), ("settings", []),
         ("settings", {"MODEL_OSS_ENDPOINT": "x"}), ("images", {"a": 1}), ("dialects", "cai/1"),
         ("extra", 1), ("service_id", None),
     ],

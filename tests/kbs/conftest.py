@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kbs.server.service import ServeSettings, open_broker
+from tests.kbs.postgres import Absent, Cluster
 from tests.kbs.world import Clock, Site, Visitor
 
 if TYPE_CHECKING:
@@ -31,6 +32,17 @@ def platform(platform_dir: Path) -> SimulatedPlatform:
     from cai.attest.sim import SimulatedPlatform
 
     return SimulatedPlatform.load(platform_dir / "platform")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A private PostgreSQL server; ``postgres.settings(postgres.create())`` is a database."""
+    try:
+        cluster = Cluster.start()
+    except Absent as error:
+        pytest.skip(f"PostgreSQL: {error}")
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture

@@ -135,14 +135,16 @@ def test_a_deleted_row_is_detected(allowed: Site, visitor: Visitor) -> None:
 
 
 def test_a_deleted_policy_is_detected(allowed: Site, visitor: Visitor) -> None:
-    edit(allowed, "DELETE FROM policy WHERE path = 'verification'")
+    edit(allowed, "DELETE FROM policy WHERE path = 'verification/default'")
     denied(allowed, visitor)
 
 
 def test_an_invented_row_is_detected(allowed: Site, visitor: Visitor) -> None:
     edit(
         allowed,
-        "INSERT INTO resource SELECT 'models/minilm/new', version, owner, sealed FROM resource",
+        "CREATE TABLE one AS SELECT * FROM resource",
+        "UPDATE one SET path = 'models/minilm/new'",
+        "INSERT INTO resource SELECT * FROM one",
     )
     _, cookie = visitor.attested(allowed)
     assert allowed.get(cookie, "models/minilm/new").status_code == 500
@@ -329,8 +331,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_schema_of_another_version_is_refused(site: Site) -> None:
-    edit(site, "UPDATE instance SET schema = 99")
-    with pytest.raises(CaiError, match="schema 99"):
+    edit(site, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(CaiError, match="schema 9999"):
         reopen(site)
 
 

@@ -23,13 +23,13 @@ from cai.attest.policy import policy_for
 from cai.attest.statement import ReleaseStatement, stock_report_data
 from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verify import verify_evidence
-from kbs.admin.app import admin_app
 from kbs.admin.tokens import make_admin_token
 from kbs.audit.log import read_leaves
 from kbs.instance import read_admin_key
 from kbs.release.broker import KeyBroker
-from kbs.server.public_app import public_app
-from kbs.server.service import ServeSettings
+from kbs.server.config import ServeSettings
+from kbs.server.crew import Crew
+from kbs.server.surfaces import surfaces
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
@@ -65,7 +65,8 @@ class Site:
     apps: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.apps = {"main": public_app(self.broker), "admin": admin_app(self.broker)}
+        served = surfaces(self.broker, self.settings, Crew(self.settings.limits))
+        self.apps = {"main": served.main, "admin": served.admin}
 
     @property
     def admin_key(self) -> Ed25519PrivateKey:

@@ -1,0 +1,1 @@
+"""The attestation service: evidence in, a signed appraisal out, nothing released."""

@@ -1,0 +1,1 @@
+"""What is released: resources with their versions, and secrets that live elsewhere."""
