@@ -26,9 +26,10 @@ from cai.attest.gpu.rim_store import RimStore
 from cai.attest.policy import VerificationPolicy
 from cai.attest.statement import ChannelStatement, Purpose, report_data
 from cai.attest.tdx.collateral import CollateralStore
+from cai.attest.tdx.quote import parse_quote
 from cai.attest.verdict import Binding, Check, Verdict, check, not_asked
 from cai.attest.verify import verify_evidence
-from cai.errors import CaiError, FormatError
+from cai.errors import CaiError, FormatError, InputError
 from cai.settings import Section
 
 LEAF_DATA_SIZE = 70
@@ -219,6 +220,46 @@ def verify_channel(
     # Step 8: what this client expects.
     verdict = verdict.extended(_expect_checks(statement, expect))
     return verdict, facts if verdict.passed else None
+
+
+def check_session(
+    evidence: ChannelEvidence, leaf: bytes, *, expect: Expectation
+) -> tuple[tuple[Check, ...], ChannelStatement | None]:
+    """What the verifier must check itself where an attestation service appraises the evidence.
+
+    Steps 1, 2, 6 and 8 of spec-channel §5, and that the quote says what the statement does; whether
+    the quote is genuine is what the service answers.
+
+    Args:
+        evidence: as received.
+        leaf: the 70 bytes that the verifier computed from its own end of the session.
+        expect: what the client pins.
+
+    Returns:
+        The checks, and the statement when it can be read.
+    """
+    try:
+        statement = ChannelStatement.decode(evidence.statement)
+    except CaiError as error:
+        return (check("channel.statement", passed=False, reason=error.message),), None
+    expected = report_data(evidence.statement, Purpose.CHANNEL)
+    try:
+        said: bytes | None = parse_quote(evidence.evidence.quote).body["report_data"]
+    except InputError:
+        said = None
+    return (
+        check("channel.statement", passed=True),
+        _session_check(statement, evidence, leaf),
+        check(
+            "tdx.report_data",
+            passed=said is not None and hmac.compare_digest(said, expected),
+            observed=None if said is None else said.hex(),
+            expected=expected.hex(),
+            reason="the quote was made for another statement",
+        ),
+        *gpu_checks(statement, evidence.evidence.gpu_digest),
+        *_expect_checks(statement, expect),
+    ), statement
 
 
 def _session_check(

@@ -381,9 +381,9 @@ async def test_old_gpu_evidence_shortens_the_session(
     from tng.peers import judge
 
     ages: list[float] = []
-    real = judge._max_age
+    real = judge.max_age
     monkeypatch.setattr(
-        judge, "_max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
+        judge, "max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
     )
     gpu = agent.evidence([bytes(32)])
     from cai.attest.statement import ChannelStatement, GpuFacts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cai.errors import PeerError
-from tng.channel.tls import TlsSession
+from tng.channel.tls import SessionClosed, TlsSession
 
 READ_SIZE = 64 * 1024
 """Most ciphertext that is read at once, bytes."""
@@ -69,6 +69,8 @@ class TlsPipe:
         if self._early:
             early, self._early = self._early, b""
             return early
+        if self.tls.ended:
+            raise SessionClosed("the peer closed the session")
         plaintext = self.tls.receive(await self._read())
         # A key update asks for an answer that only TLS knows of.
         self.flush()

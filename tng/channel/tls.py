@@ -109,6 +109,7 @@ class TlsSession:
             if server_name:
                 self._tls.set_tlsext_host_name(server_name.encode("ascii", "ignore"))
         self.established = False
+        self.ended = False
 
     def start(self) -> None:
         """Make the client's first flight."""
@@ -133,8 +134,9 @@ class TlsSession:
             except SSL.WantReadError:
                 return b"".join(parts)
             except SSL.ZeroReturnError as error:
+                self.ended = True
                 if parts:
-                    # What came before the close is still delivered; the close is met again.
+                    # What came before the close is still delivered.
                     return b"".join(parts)
                 raise SessionClosed("the peer closed the session") from error
             except SSL.Error as error:

@@ -114,5 +114,9 @@ class EgressListener:
             elif self._session is None:
                 self._dialects = frozenset({Dialect.STOCK})
             else:
-                self._dialects = await dialects_of(attest.socket)
+                try:
+                    self._dialects = await dialects_of(attest.socket)
+                except PeerUnreachable:
+                    # Ours tells the client why there is no proof; asked again next time.
+                    return frozenset({Dialect.SESSION})
         return self._dialects

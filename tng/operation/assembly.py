@@ -10,18 +10,21 @@ from tng.config.addresses import Rule
 from tng.config.entries import Egress, Ingress
 from tng.config.modes import HttpProxy, Socks5
 from tng.config.transport import RatsTls
-from tng.config.trust import Binding, BuiltinVerify
+from tng.config.trust import Binding, BuiltinVerify, ServiceVerify, Verify
 from tng.egress.listener import EgressListener
 from tng.egress.raw import RawBackend
 from tng.egress.sessions import SessionEgress
 from tng.operation.journal import Journal
+from tng.peers.appraised import ServiceJudge
 from tng.peers.auto import AutoPeers
-from tng.peers.pool import SessionPeers
+from tng.peers.judge import BuiltinJudge
+from tng.peers.pool import SessionJudge, SessionPeers
 from tng.peers.references import References
 from tng.stock.acceptor import StockAcceptor
 from tng.stock.identity import IdentityKeeper
 from tng.stock.judge import CertificateJudge
 from tng.stock.peers import NoJudge, StockPeers
+from tng.stock.service import AppraisalService, TrustedRoots
 from tng.streams import Acceptor, Backend, Peers
 
 Own = Callable[[], Iterable[tuple[str, int]]]
@@ -55,11 +58,25 @@ def make_peers(entry: Ingress, journal: Journal, own: Own) -> Peers:
     if verify is None or verify.binding is Binding.KEY:
         return stock
     session = SessionPeers(
-        entry.name, verify, filters=filters, padding=entry.padding, journal=journal, own=own
+        entry.name,
+        _session_judge(verify, references),
+        filters=filters,
+        padding=entry.padding,
+        journal=journal,
+        own=own,
     )
     if verify.binding is Binding.SESSION:
         return session
-    return AutoPeers(session, stock, filters=filters, own=own)
+    service = verify if isinstance(verify, ServiceVerify) else None
+    return AutoPeers(session, stock, filters=filters, own=own, service=service)
+
+
+def _session_judge(verify: Verify, references: References | None) -> SessionJudge:
+    if isinstance(verify, ServiceVerify):
+        service = AppraisalService(verify.as_addr, verify.as_headers)
+        return ServiceJudge(verify, service, TrustedRoots(verify, service))
+    assert references is not None  # noqa: S101 - built-in verification has loaded them
+    return BuiltinJudge(verify, references)
 
 
 def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -> Acceptor:

@@ -14,7 +14,9 @@ from tng.channel.link import dial
 from tng.channel.pipe import TlsPipe
 from tng.channel.tls import ALPN
 from tng.config.filters import Filter
+from tng.config.trust import ServiceVerify
 from tng.peers.destination import Destination, resolve, server_name
+from tng.peers.judge import also_service
 from tng.peers.pool import SessionPeers
 from tng.stock.peers import StockPeers
 from tng.stock.tls import client_context
@@ -29,6 +31,8 @@ class AutoPeers:
         stock: for the others.
         filters: destination filters of the entry.
         own: gives the addresses that this process listens on.
+        service: the attestation service that judges both; asked too when a peer cannot be reached,
+            so that somebody who starts with nothing learns of everything that is missing.
     """
 
     def __init__(
@@ -38,11 +42,13 @@ class AutoPeers:
         *,
         filters: Sequence[Filter],
         own: Callable[[], Iterable[tuple[str, int]]],
+        service: ServiceVerify | None = None,
     ) -> None:
         self._session = session
         self._stock = stock
         self._filters = filters
         self._own = own
+        self._service = service
 
     @property
     def unsafe(self) -> tuple[str, ...]:
@@ -60,7 +66,12 @@ class AutoPeers:
             return await self._session.open(destination)
         if self._stock.has(destination):
             return await self._stock.open(destination)
-        pipe = await self._dial(destination)
+        try:
+            pipe = await self._dial(destination)
+        except PeerError as error:
+            if self._service is None:
+                raise
+            raise await also_service(error, self._service) from error
         if pipe.tls.protocol == ALPN:
             return await self._session.adopt(destination, pipe)
         return await self._stock.adopt(destination, pipe)

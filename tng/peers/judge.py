@@ -38,6 +38,8 @@ class BuiltinJudge:
         references: what its files hold.
     """
 
+    kind = "builtin"
+
     def __init__(self, settings: BuiltinVerify, references: References) -> None:
         self._expect = settings.expect
         self._references = references
@@ -68,7 +70,7 @@ class BuiltinJudge:
         """
         verdict = await asyncio.to_thread(self._verify, claim.leaf, claim.evidence, subject)
         verdict.require()
-        return Proven(verdict, _max_age(claim.evidence))
+        return Proven(verdict, max_age(claim.evidence))
 
     def _verify(self, leaf: bytes, evidence: ChannelEvidence, subject: str) -> Verdict:
         verdict, _facts = verify_channel(
@@ -88,10 +90,13 @@ class BuiltinJudge:
         return verdict
 
 
-class AppraisalElsewhere(PeerError):
-    """The entry wants an attestation service to appraise, which this version does not do."""
-
-    code = "appraisal-not-in-this-version"
+async def also_service(error: PeerError, settings: ServiceVerify) -> PeerError:
+    """A peer's error, and what is wrong with the attestation service beside it."""
+    other = await probe_service(settings)
+    if other is None:
+        return error
+    hints = [item.hint for item in (error, other) if item.hint]
+    return type(error)(f"{error.message}; {other.message}", hint="; ".join(hints) or None)
 
 
 async def probe_service(settings: ServiceVerify) -> PeerError | None:
@@ -115,7 +120,7 @@ async def probe_service(settings: ServiceVerify) -> PeerError | None:
     return None
 
 
-def _max_age(evidence: ChannelEvidence) -> float:
+def max_age(evidence: ChannelEvidence) -> float:
     """The session may open streams until the GPU evidence is too old (spec-channel §7)."""
     age = MAX_SESSION_AGE_S
     if evidence.evidence.devices:

@@ -7,24 +7,22 @@ whose judge holds policy and expectation, and the pool is keyed by destination (
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Protocol
 
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, PeerError, PeerUnreachable, Refused
+from tng.channel.handshake import Claim
 from tng.channel.link import Link, dial
 from tng.channel.pipe import TlsPipe
 from tng.channel.session import demand_proof
 from tng.channel.streams import Channel, Stream
 from tng.channel.tls import client_context
 from tng.config.filters import Filter
-from tng.config.trust import ServiceVerify, Verify
 from tng.operation.journal import Journal
 from tng.peers.destination import Destination, resolve, server_name
-from tng.peers.judge import AppraisalElsewhere, BuiltinJudge, probe_service
-from tng.peers.references import References
 from tng.streams import Proven
 
 MAX_PEERS = 256
@@ -62,25 +60,35 @@ class PeerState:
         }
 
 
+class SessionJudge(Protocol):
+    """Turns the claim of a session into a verdict."""
+
+    kind: str
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The ``unsafe_…`` settings in force."""
+
+    async def judge(self, claim: Claim, subject: str) -> Proven:
+        """Raises: CaiError: it does not pass."""
+
+
 class SessionPeers:
     """Channels to the peers of one entry.
 
     Args:
         name: of the entry.
-        verify: its ``verify``.
+        judge: of the proofs.
         filters: its destination filters.
         padding: whether DATA frames are padded.
         journal: where its lines go.
         own: gives the addresses that this process listens on.
-
-    Raises:
-        CaiError: a file that ``verify`` names is missing or malformed.
     """
 
     def __init__(
         self,
         name: str,
-        verify: Verify,
+        judge: SessionJudge,
         *,
         filters: Sequence[Filter],
         padding: bool,
@@ -88,12 +96,7 @@ class SessionPeers:
         own: Callable[[], Iterable[tuple[str, int]]],
     ) -> None:
         self._name = name
-        self._verify = verify
-        self._judge = (
-            None
-            if isinstance(verify, ServiceVerify)
-            else BuiltinJudge(verify, References.load(verify))
-        )
+        self._judge = judge
         self._filters = filters
         self._padding = padding
         self._journal = journal
@@ -105,7 +108,7 @@ class SessionPeers:
     @property
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
-        return self._judge.unsafe if self._judge else ()
+        return self._judge.unsafe
 
     async def open(self, destination: Destination) -> tuple[Stream, Proven]:
         """A stream to a proven peer.
@@ -143,7 +146,7 @@ class SessionPeers:
     def status(self) -> dict[str, object]:
         """What the control interface shows."""
         return {
-            "verify": "builtin" if self._judge else "attestation service",
+            "verify": self._judge.kind,
             "unsafe": list(self.unsafe),
             "peers": {str(where): state.to_json() for where, state in self._peers.items()},
         }
@@ -230,10 +233,6 @@ class SessionPeers:
         self, destination: Destination, pipe: TlsPipe | None
     ) -> tuple[Channel, Proven]:
         judge = self._judge
-        if judge is None:
-            if pipe is not None:
-                pipe.close()
-            raise await self._explain(destination)
         link = Link(pipe, padding=self._padding) if pipe else await self._link(destination)
         subject = f"guest at {destination}"
         proven = await demand_proof(link, lambda claim: judge.judge(claim, subject))
@@ -255,35 +254,3 @@ class SessionPeers:
                 # A name may stand for both address families while the peer listens on one.
                 unreachable = unreachable or error
         raise unreachable or PeerUnreachable(f"the name {destination.host} has no address")
-
-    async def _explain(self, destination: Destination) -> CaiError:
-        """Everything that is wrong with asking this peer through an attestation service."""
-        assert isinstance(self._verify, ServiceVerify)  # noqa: S101 - by __init__
-        # Refused destinations are refused before anybody is asked anything.
-        probe = asyncio.create_task(probe_service(self._verify))
-        found: list[CaiError] = []
-        try:
-            link = await self._link(destination)
-            link.close()
-        except PeerError as error:
-            found.append(error)
-        except BaseException:
-            probe.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await probe
-            raise
-        service_error = await probe
-        if service_error is not None:
-            found.append(service_error)
-        if not found:
-            return AppraisalElsewhere(
-                f"peer {destination} offers evidence, but its appraisal by the attestation service "
-                f"{self._verify.as_addr} is not in this version",
-                hint='let this gateway verify: {"as_type": "builtin", "policy": FILE}',
-            )
-        if len(found) == 1:
-            return found[0]
-        hints = [error.hint for error in found if error.hint]
-        return type(found[0])(
-            "; ".join(error.message for error in found), hint="; ".join(hints) or None
-        )

@@ -7,6 +7,7 @@ import datetime as dt
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cai.attest.agent_client import Dialect, dialects_of
 from cai.attest.gpu.report import parse_report
 from cai.attest.rcar import parse_additional_evidence
 from cai.attest.statement import gpu_evidence_digest
@@ -39,7 +40,7 @@ class IdentityKeeper:
         name: of the entry.
         attest: how this end proves itself; ``None`` makes certificates that prove nothing.
         journal: where its lines go.
-        dialect: whether this end also speaks ``cai/1``, which its evidence then says.
+        dialect: whether this end also speaks ``cai/1``; where the agent does too, evidence says so.
     """
 
     def __init__(
@@ -114,10 +115,15 @@ class IdentityKeeper:
         left = LIFETIME_S if expires is None else int(expires - now.timestamp())
         return make_certificate(key, text, now=now, lifetime_s=max(1, min(LIFETIME_S, left)))
 
+    async def _speaks_ours(self) -> bool:
+        """Whether the agent lets this end prove sessions; a stock agent does not."""
+        assert self._attest is not None  # noqa: S101 - by the caller
+        return Dialect.SESSION in await dialects_of(self._attest.socket)
+
     async def _evidence(self, spki: bytes) -> CocoEvidence:
         assert self._agent is not None  # noqa: S101 - by the caller
         claims: dict[str, str] = {}
-        if self._dialect:
+        if self._dialect and await self._speaks_ours():
             # The devices are asked for first, so that the quote can bind them.
             claims = {DIALECT_CLAIM: "1", **_device_claims(await self._agent.devices())}
         text = runtime_data(spki, **claims)

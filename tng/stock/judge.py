@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from cryptography import x509
-
 from cai import jcs
 from cai.attest.evidence import Evidence
 from cai.attest.rcar import parse_additional_evidence, parse_tdx_evidence
@@ -35,7 +33,7 @@ from tng.stock.certificate import (
     bound_key,
     parse_certificate,
 )
-from tng.stock.service import AppraisalService, devices_of, trusted_roots
+from tng.stock.service import AppraisalService, TrustedRoots, devices_of
 from tng.stock.token import Token, verify_token
 from tng.streams import Proven
 
@@ -72,10 +70,11 @@ class CertificateJudge:
         self._settings = settings
         self._references = references
         self._service: AppraisalService | None = None
-        self._roots: tuple[x509.Certificate, ...] | None = None
-        self._roots_known = False
-        if isinstance(settings, ServiceVerify) and settings.as_addr:
-            self._service = AppraisalService(settings.as_addr, settings.as_headers)
+        self._roots: TrustedRoots | None = None
+        if isinstance(settings, ServiceVerify):
+            if settings.as_addr:
+                self._service = AppraisalService(settings.as_addr, settings.as_headers)
+            self._roots = TrustedRoots(settings, self._service)
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
 
     async def close(self) -> None:
@@ -152,7 +151,8 @@ class CertificateJudge:
     async def _by_service(
         self, presented: Presented, settings: ServiceVerify, now: datetime
     ) -> tuple[Verdict, float]:
-        roots = await self._trusted(settings)
+        assert self._roots is not None  # noqa: S101 - by __init__
+        roots = await self._roots.get()
         wanted = (Model.PASSPORT if presented.token else Model.BACKGROUND_CHECK).value
         # (2) The model of the settings is the one that the peer uses.
         checks = [
@@ -248,12 +248,6 @@ class CertificateJudge:
             if asked
             else not_asked("channel.downgrade"),
         ]
-
-    async def _trusted(self, settings: ServiceVerify) -> tuple[x509.Certificate, ...] | None:
-        if not self._roots_known:
-            self._roots = await trusted_roots(settings, self._service)
-            self._roots_known = True
-        return self._roots
 
     @staticmethod
     def _has_payload(presented: Presented) -> bool:

@@ -14,6 +14,8 @@ import httpx
 from cryptography import x509
 
 from cai import jcs
+from cai.attest.evidence import DeviceEvidence
+from cai.attest.rcar import encode_device
 from cai.errors import FormatError, PeerError, PeerUnreachable, PolicyDenied, SettingError
 from cai.settings import read_settings_file
 from tng.config.trust import ServiceVerify
@@ -129,10 +131,39 @@ class AppraisalService:
                 raise
             old = {**main, "init_data_hash_algorithm": "sha384", "policy_ids": list(policy_ids)}
             body = await self._call("POST", "attestation", old)
-        try:
-            return body.decode("ascii").strip().strip('"')
-        except UnicodeDecodeError as error:
-            raise FormatError("the attestation service's token is not ASCII") from error
+        return _token(body)
+
+    async def appraise_raw(
+        self,
+        evidence: dict[str, str | None],
+        raw: bytes,
+        statement: bytes,
+        devices: Sequence[Device],
+        policy_ids: Sequence[str],
+    ) -> str:
+        """A token about evidence whose report data is these 64 bytes.
+
+        Our service also reads ``cai_statement``, whose digest they hold; others ignore it.
+
+        Raises:
+            PeerUnreachable: it does not answer.
+            PeerError: it refuses, with its reason.
+        """
+        main = {
+            "tee": "tdx",
+            "evidence": _b64u(jcs.canonical(evidence)),
+            "runtime_data": {"raw": _b64u(raw)},
+            "init_data": None,
+            "runtime_data_hash_algorithm": "sha384",
+            "cai_statement": _b64u(statement),
+        }
+        others = [
+            {"tee": device.tee, "evidence": _b64u(device.evidence), "runtime_data": None,
+             "init_data": None, "runtime_data_hash_algorithm": None}
+            for device in devices
+        ]  # fmt: skip
+        request = {"verification_requests": [main, *others], "policy_ids": list(policy_ids)}
+        return _token(await self._call("POST", "attestation", request))
 
     async def _call(
         self, method: str, route: str, body: Any, *, limit: int = MAX_TOKEN
@@ -189,6 +220,36 @@ async def trusted_roots(
     return await service.certificates()
 
 
+class TrustedRoots:
+    """The roots of one ``verify``, read or fetched at their first use and kept.
+
+    Args:
+        settings: what is trusted.
+        service: where they are fetched; ``None`` without an address.
+    """
+
+    def __init__(self, settings: ServiceVerify, service: AppraisalService | None) -> None:
+        self._settings = settings
+        self._service = service
+        self._known: tuple[tuple[x509.Certificate, ...] | None] | None = None
+
+    async def get(self) -> tuple[x509.Certificate, ...] | None:
+        """The roots; ``None`` takes any signer.
+
+        Raises:
+            CaiError: as ``trusted_roots``.
+        """
+        if self._known is None:
+            self._known = (await trusted_roots(self._settings, self._service),)
+        return self._known[0]
+
+
+def nvidia_device(device: DeviceEvidence) -> Device:
+    """One GPU's evidence as the service reads it."""
+    value = {"device_evidence_list": [encode_device(device)]}
+    return Device("nvidia", jcs.canonical(value))
+
+
 def parse_roots(data: bytes, where: str) -> tuple[x509.Certificate, ...]:
     """Certificates of a PEM text.
 
@@ -223,6 +284,13 @@ def _authenticated(address: str) -> bool:
         return ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:
         return False
+
+
+def _token(body: bytes) -> str:
+    try:
+        return body.decode("ascii").strip().strip('"')
+    except UnicodeDecodeError as error:
+        raise FormatError("the attestation service's token is not ASCII") from error
 
 
 def _b64u(data: bytes) -> str:
