@@ -8,9 +8,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cai.attest.jwk import b64u_encode
-from kbs.resources.settings import MAX_RESOURCE
 from kbs.admin.tokens import make_admin_token
 from kbs.audit.log import read_leaves
+from kbs.resources.settings import MAX_RESOURCE
 from tests.kbs.world import Site, Visitor
 
 ALLOW = b"package policy\ndefault allow := true\n"

@@ -314,7 +314,7 @@ def test_rego_alone_decides_only_where_that_is_allowed(facts: Facts, pool: RegoP
     ],
 )  # fmt: skip
 def test_nothing_unsound_affirms(
-    facts: Facts, pool: RegoPool, text: str, passed: bool  # noqa: FBT001
+    facts: Facts, pool: RegoPool, text: str, passed: bool
 ) -> None:
     cpu = {TeeClass.CPU: rego(HEAD + text + "\n")}
     found = made(facts, pool, verification=verification(facts), attestation=cpu)
