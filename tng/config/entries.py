@@ -16,8 +16,10 @@ from cai.settings import Section
 from tng.config.addresses import TcpUpstream, is_loopback
 from tng.config.modes import (
     EgressMode,
+    HttpProxy,
     IngressMode,
     Mapping,
+    Socks5,
     parse_egress_mode,
     parse_ingress_mode,
 )
@@ -51,8 +53,9 @@ class Ingress:
 
     @property
     def unsafe(self) -> tuple[str, ...]:
-        """The ``unsafe_…`` settings in force."""
-        return self.trust.unsafe
+        """The ``unsafe_…`` settings in force, and the one of TNG's that sends in clear."""
+        direct = isinstance(self.mode, (HttpProxy, Socks5)) and self.mode.direct
+        return (*(("on_mismatch: direct",) if direct else ()), *self.trust.unsafe)
 
 
 @dataclass(frozen=True, slots=True)

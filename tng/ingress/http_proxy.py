@@ -28,7 +28,13 @@ from tng.ingress.http1 import (
     told,
 )
 from tng.operation.journal import Journal
-from tng.peers.destination import BadRequest, Destination, DestinationRefused, demand_allowed
+from tng.peers.destination import (
+    BadRequest,
+    Destination,
+    DestinationRefused,
+    demand_allowed,
+    matches,
+)
 from tng.relay import relay
 from tng.streams import ByteStream, Code, Peers, Proven, StreamReset
 
@@ -49,15 +55,22 @@ class HttpProxy:
         name: of the entry.
         settings: its mode.
         peers: its attested peers.
+        direct: where what no filter matches goes; ``None`` refuses it.
         journal: where its lines go.
     """
 
     def __init__(
-        self, name: str, settings: HttpProxySettings, peers: Peers, journal: Journal
+        self,
+        name: str,
+        settings: HttpProxySettings,
+        peers: Peers,
+        direct: Peers | None,
+        journal: Journal,
     ) -> None:
         self._name = name
         self._settings = settings
         self._peers = peers
+        self._direct = direct
         self._journal = journal
         self._clients = 0
         self._idle: set[ClientConnection] = set()
@@ -100,8 +113,7 @@ class HttpProxy:
                 return False
             destination, path = parse_target(request)
             what = f"{_text(request.method)} {destination}"
-            demand_allowed(destination, self._settings.filters)
-            stream, proven = await self._peers.open(destination)
+            stream, proven = await self._peers_for(destination).open(destination)
         except ClientGone:
             raise
         except CaiError as error:
@@ -124,6 +136,12 @@ class HttpProxy:
             stream.reset(Code.CANCELLED)
         self._log(what, status, started, proven)
         return request.method != b"CONNECT" and client.reusable
+
+    def _peers_for(self, destination: Destination) -> Peers:
+        if self._direct is not None and not matches(destination, self._settings.filters):
+            return self._direct
+        demand_allowed(destination, self._settings.filters)
+        return self._peers
 
     async def _request(self, client: ClientConnection) -> h11.Request | None:
         self._idle.add(client)

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 
-from cai.errors import CaiError, PeerError
+from cai.errors import CaiError
 from tng.config.addresses import TcpUpstream
 from tng.operation.journal import Journal, endpoint_text
 from tng.peers.destination import Destination
 from tng.relay import relay
-from tng.streams import Code, Peers
+from tng.streams import ByteStream, Code, Peers
 
 MAX_CLIENTS = 1024
 """Most client connections of one entry at once."""
@@ -43,19 +44,22 @@ class PortMapping:
         self._clients = 0
 
     async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: TcpUpstream
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        targets: Sequence[TcpUpstream],
     ) -> None:
         """Serve one client connection to its end."""
         if self._clients >= MAX_CLIENTS:
             writer.close()
             return
         self._clients += 1
-        destination = Destination(target.host.lower(), target.port)
+        destinations = [Destination(target.host.lower(), target.port) for target in targets]
         client = endpoint_text(writer.get_extra_info("peername"))
-        what = f"{self._name} {client} to {destination}"
+        what = f"{self._name} {client} to {destinations[0]}"
         started = time.monotonic()
         try:
-            sent, received = await self._carry(reader, writer, destination)
+            sent, received = await self._carry(reader, writer, destinations)
             elapsed = 1000 * (time.monotonic() - started)
             self._journal.line(f"{what} done, {received} B out, {sent} B in, {elapsed:.0f} ms")
         except CaiError as error:
@@ -68,22 +72,35 @@ class PortMapping:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        destination: Destination,
+        destinations: Sequence[Destination],
     ) -> tuple[int, int]:
         try:
-            stream, _proven = await self._peers.open(destination)
+            stream = await self._open(destinations)
         except CaiError as error:
             await _explain(reader, writer, error)
             raise
         try:
-            try:
-                await stream.opened()
-            except PeerError as error:
-                await _explain(reader, writer, error)
-                raise
             return await relay(stream, reader, writer)
         finally:
             stream.reset(Code.CANCELLED)
+
+
+    async def _open(self, destinations: Sequence[Destination]) -> ByteStream:
+        """The first target that proves itself and has a backend; nothing was sent to another."""
+        for place, destination in enumerate(destinations, start=1):
+            stream: ByteStream | None = None
+            try:
+                stream, _proven = await self._peers.open(destination)
+                await stream.opened()
+            except CaiError as error:
+                if stream is not None:
+                    stream.reset(Code.CANCELLED)
+                if place == len(destinations):
+                    raise
+                self._journal.line(f"{self._name} passes over {destination}: {error.message}")
+            else:
+                return stream
+        raise AssertionError("a rule has at least one target")
 
 
 async def _explain(

@@ -13,8 +13,10 @@ from cai.errors import ListenerFailed, SettingError
 from tng.config import modes
 from tng.config.addresses import Endpoint, TcpUpstream, Upstream
 from tng.config.entries import Config, Egress, Ingress
+from tng.ingress.direct import DirectPeers
 from tng.ingress.http_proxy import HttpProxy
 from tng.ingress.mapping import PortMapping
+from tng.ingress.socks5 import SocksProxy
 from tng.operation.assembly import make_acceptor, make_backend, make_peers
 from tng.operation.control import Control
 from tng.operation.journal import Journal
@@ -136,16 +138,21 @@ class Gateway:
 
     async def _start_ingress(self, entry: Ingress) -> None:
         peers = self._peers[entry.name]
-        if isinstance(entry.mode, modes.HttpProxy):
-            if entry.mode.direct:
-                raise SettingError(f"{entry.name}: on_mismatch: direct is not in this version")
-            proxy = HttpProxy(entry.name, entry.mode, peers, self._journal)
-            self._proxies.append(proxy)
+        if isinstance(entry.mode, (modes.HttpProxy, modes.Socks5)):
+            direct = DirectPeers(entry.mode.filters, lambda: self._own)
+            clear = direct if entry.mode.direct else None
+            proxy: HttpProxy | SocksProxy
+            if isinstance(entry.mode, modes.HttpProxy):
+                proxy = HttpProxy(entry.name, entry.mode, peers, clear, self._journal)
+                self._proxies.append(proxy)
+            else:
+                proxy = SocksProxy(entry.name, entry.mode, peers, clear, self._journal)
             await self._open(entry.name, entry.mode.listen, proxy.serve)
         elif isinstance(entry.mode, modes.Mapping):
             mapping = PortMapping(entry.name, peers, self._journal)
             for rule in entry.mode.rules:
-                serve = functools.partial(mapping.serve, target=_remote(entry.name, rule.targets))
+                targets = _remote(entry.name, rule.targets)
+                serve = functools.partial(mapping.serve, targets=targets)
                 await self._open(entry.name, rule.listen, serve)
         else:
             raise SettingError(f"{entry.name}: this mode is not in this version")
@@ -194,10 +201,8 @@ class Gateway:
             self._listen.setdefault(name, []).append(str(Endpoint(host, port)))
 
 
-def _remote(name: str, targets: tuple[Upstream, ...]) -> TcpUpstream:
-    target = targets[0]
-    if len(targets) > 1:
-        raise SettingError(f"{name}: several targets are not in this version")
-    if not isinstance(target, TcpUpstream):
+def _remote(name: str, targets: tuple[Upstream, ...]) -> tuple[TcpUpstream, ...]:
+    remote = tuple(target for target in targets if isinstance(target, TcpUpstream))
+    if len(remote) != len(targets):
         raise SettingError(f"{name}: an ingress leads to a host and port, not to a Unix socket")
-    return target
+    return remote

@@ -105,13 +105,23 @@ def demand_allowed(destination: Destination, filters: Sequence[Filter]) -> None:
     Raises:
         DestinationRefused: there are filters and none matches.
     """
-    if not filters:
-        return
-    if not any(item.matches(destination.host, destination.port) for item in filters):
-        raise DestinationRefused(
-            f"{destination} matches no dst_filter of this proxy",
-            hint="it is refused, never sent in clear; add a filter, or leave this proxy out",
-        )
+    if not matches(destination, filters):
+        raise refuse_unmatched(destination)
+
+
+def matches(destination: Destination, filters: Sequence[Filter]) -> bool:
+    """Whether a destination goes through the attested channel; without filters everything does."""
+    return not filters or any(
+        item.matches(destination.host, destination.port) for item in filters
+    )
+
+
+def refuse_unmatched(destination: Destination) -> DestinationRefused:
+    """The refusal of what no filter names."""
+    return DestinationRefused(
+        f"{destination} matches no dst_filter of this proxy",
+        hint="it is refused, never sent in clear; add a filter, or leave this proxy out",
+    )
 
 
 async def resolve(
