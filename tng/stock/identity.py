@@ -125,12 +125,13 @@ class IdentityKeeper:
         claims: dict[str, str] = {}
         if self._dialect and await self._speaks_ours():
             # The devices are asked for first, so that the quote can bind them.
-            claims = {DIALECT_CLAIM: "1", **_device_claims(await self._agent.devices())}
+            claims = {DIALECT_CLAIM: "1", **device_claims(await self._agent.devices())}
         text = runtime_data(spki, **claims)
         return await self._agent.collect(text)
 
 
-def _device_claims(additional: bytes) -> dict[str, str]:
+def device_claims(additional: bytes) -> dict[str, str]:
+    """Claims that bind an agent's device evidence; none for what cannot be read."""
     try:
         devices, _statement = parse_additional_evidence(additional.decode("utf-8", "replace"))
         if not devices:

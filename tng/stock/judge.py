@@ -199,12 +199,12 @@ class CertificateJudge:
             )
             return Verdict("", (failed,))
         claims = evidence.claims
-        bundle = _evidence(evidence)
+        bundle = bundle_of(evidence)
         verdict, facts = verify_evidence(
             bundle,
             subject="",
             report_data=stock_report_data(evidence.report_data),
-            gpu_nonce=_gpu_nonce(claims, bundle),
+            gpu_nonce=gpu_nonce_of(claims, bundle),
             anchors=references.anchors,
             collateral=references.collateral,
             now=now,
@@ -263,7 +263,13 @@ class CertificateJudge:
         return names
 
 
-def _evidence(evidence: CocoEvidence) -> Evidence:
+def bundle_of(evidence: CocoEvidence) -> Evidence:
+    """The TDX and GPU evidence in stock evidence.
+
+    Raises:
+        SettingError: it is of another TEE.
+        FormatError, LimitExceeded: it is malformed.
+    """
     if evidence.tee != "tdx":
         raise SettingError(f"TEE {evidence.tee[:32]!r} cannot be verified here")
     value = jcs.parse(evidence.evidence, what="evidence", limit=MAX_EVIDENCE)
@@ -273,7 +279,7 @@ def _evidence(evidence: CocoEvidence) -> Evidence:
     return Evidence(quote=quote, devices=devices, event_log=event_log)
 
 
-def _gpu_nonce(claims: dict[str, Any], evidence: Evidence) -> bytes | None:
+def gpu_nonce_of(claims: dict[str, Any], evidence: Evidence) -> bytes | None:
     """The nonce of the GPU reports as the claims name it; their digest is what binds them."""
     if not evidence.devices:
         return None
