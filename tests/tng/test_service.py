@@ -92,7 +92,7 @@ async def test_control_interface_shows_why_a_peer_was_refused(
     ("request_bytes", "status"),
     [
         (b"POST /livez HTTP/1.1\r\nhost: a\r\n\r\n", b"405"),
-        (b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n", b"404"),
+        (b"GET /metric HTTP/1.1\r\nhost: a\r\n\r\n", b"404"),
         (b"nonsense\r\n\r\n", b"400"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from cai import terminal as terminals
@@ -12,15 +14,25 @@ from tng.cli.given import ConfigContent, ConfigFile, given_config
 def launch(
     config_content: ConfigContent = None,
     config_file: ConfigFile = None,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            "--log-format", envvar="TNG_LOG_FORMAT", help="Lines on stderr: text or json."
+        ),
+    ] = "text",
     json_output: JsonFlag = False,
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C.
 
     Under --json one document is printed when every listener is open: {"ready": true, "listen":
-    {"ingress[0]": ["127.0.0.1:41000"]}, "unsafe": []}. One line a request goes to stderr.
+    {"ingress[0]": ["127.0.0.1:41000"]}, "unsafe": []}. One line a request goes to stderr, without
+    its path, headers or body.
     """
     import asyncio
 
+    from tng.operation.journal import log_format as named
+
+    form = named(log_format)
     config = given_config(config_content, config_file)
     terminal = terminals.current()
     config.require_served()
@@ -28,7 +40,7 @@ def launch(
         terminal.warn(str(note))
     from tng.operation.run import run
 
-    status = asyncio.run(run(config, terminal))
+    status = asyncio.run(run(config, terminal, form))
     if status == 130:
         raise KeyboardInterrupt
     raise typer.Exit(status)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
+from dataclasses import replace
 from http import HTTPStatus
 
 import h11
@@ -27,7 +28,8 @@ from tng.ingress.http1 import (
     parse_target,
     told,
 )
-from tng.operation.journal import Journal
+from tng.operation.accesslog import Access
+from tng.operation.journal import Journal, endpoint_text
 from tng.peers.destination import (
     BadRequest,
     Destination,
@@ -41,8 +43,9 @@ from tng.streams import ByteStream, Code, Peers, Proven, StreamReset
 MAX_CLIENTS = 1024
 """Most client connections of one proxy at once."""
 
-RESPONSE_TIMEOUT_S = 600.0
-"""Longest pause before and inside a response, seconds; a model may think for long."""
+RESPONSE_TIMEOUT_S = 3600.0
+"""Longest pause before and inside a response, seconds; a model may think for long, and a stream
+may be idle for half an hour and more."""
 
 ATTESTED_HEADER = b"cai-attested"
 """Response header that says how the peer was proven; never taken from the peer."""
@@ -105,36 +108,40 @@ class HttpProxy:
         writer: asyncio.StreamWriter,
     ) -> bool:
         """One request; whether another may follow."""
+        access = Access(self._name, "request", endpoint_text(writer.get_extra_info("peername")))
         started = time.monotonic()
-        what = "request"
         try:
             request = await self._request(client)
             if request is None:
                 return False
+            # A client that keeps its connection may have waited long before it asked.
+            started = time.monotonic()
+            access = replace(access, what=_text(request.method))
             destination, path = parse_target(request)
-            what = f"{_text(request.method)} {destination}"
+            access = replace(access, peer=str(destination))
             stream, proven = await self._peers_for(destination).open(destination)
         except ClientGone:
             raise
         except CaiError as error:
-            await self._refuse(client, error, what, started)
+            await self._refuse(client, error, access, started)
             return False
+        access = replace(access, attested=_text(_attested(proven)))
         try:
             if request.method == b"CONNECT":
-                await self._tunnel(client, stream, proven, reader, writer)
-                status: int | str = "tunnel done"
+                received, sent = await self._tunnel(client, stream, proven, reader, writer)
+                access = replace(access, status="tunnel done", sent=sent, received=received)
             else:
                 exchange = _Exchange(client, stream, proven, destination)
-                status = await exchange.run(request, path)
+                access = replace(access, status=await exchange.run(request, path))
         except ClientGone:
-            self._log(what, "client left", started, proven)
+            self._log(replace(access, status="client left"), started)
             raise
         except CaiError as error:
-            await self._refuse(client, _at_peer(error, destination), what, started)
+            await self._refuse(client, _at_peer(error, destination), access, started)
             return False
         finally:
             stream.reset(Code.CANCELLED)
-        self._log(what, status, started, proven)
+        self._log(access, started)
         return request.method != b"CONNECT" and client.reusable
 
     def _peers_for(self, destination: Destination) -> Peers:
@@ -157,19 +164,22 @@ class HttpProxy:
         proven: Proven,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-    ) -> None:
+    ) -> tuple[int, int]:
         await stream.opened()
         await client.send_raw(
             b"HTTP/1.1 200 Connection established\r\n"
             + ATTESTED_HEADER + b": " + _attested(proven) + b"\r\n\r\n"
         )  # fmt: skip
-        await relay(stream, reader, writer, client.tunnel())
+        return await relay(stream, reader, writer, client.tunnel())
 
     async def _refuse(
-        self, client: ClientConnection, error: CaiError, what: str, started: float
+        self, client: ClientConnection, error: CaiError, access: Access, started: float
     ) -> None:
         status = _status(error)
-        self._log(what, f"{status} {error.machine_code}: {error.message}", started, None)
+        told = replace(
+            access, status=status, error=error.machine_code, message=error.message, attested=""
+        )
+        self._log(told, started)
         if client.response_started:
             # Part of a response is out: only a broken connection says that it is not whole.
             client.abort()
@@ -184,14 +194,9 @@ class HttpProxy:
         with contextlib.suppress(ClientGone):
             await client.send_raw(head.encode("ascii") + body)
 
-    def _log(
-        self, what: str, status: int | str, started: float, proven: Proven | None
-    ) -> None:
-        elapsed = 1000 * (time.monotonic() - started)
-        mark = f", attested {_text(_attested(proven))}" if proven else ""
-        self._journal.line(
-            f"{self._name} {what} -> {status}, {elapsed:.0f} ms{mark}"
-        )
+    def _log(self, access: Access, started: float) -> None:
+        elapsed = int(1000 * (time.monotonic() - started))
+        self._journal.access(replace(access, elapsed_ms=elapsed))
 
 
 class _Exchange:

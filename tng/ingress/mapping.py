@@ -11,9 +11,11 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cai.errors import CaiError
 from tng.config.addresses import TcpUpstream
+from tng.operation.accesslog import Access
 from tng.operation.journal import Journal, endpoint_text
 from tng.peers.destination import Destination
 from tng.relay import relay
@@ -56,15 +58,18 @@ class PortMapping:
         self._clients += 1
         destinations = [Destination(target.host.lower(), target.port) for target in targets]
         client = endpoint_text(writer.get_extra_info("peername"))
-        what = f"{self._name} {client} to {destinations[0]}"
+        access = Access(self._name, "tunnel", client, str(destinations[0]), "cut")
         started = time.monotonic()
         try:
-            sent, received = await self._carry(reader, writer, destinations)
-            elapsed = 1000 * (time.monotonic() - started)
-            self._journal.line(f"{what} done, {received} B out, {sent} B in, {elapsed:.0f} ms")
+            received, sent = await self._carry(reader, writer, destinations)
+            access = replace(access, status="done", sent=sent, received=received)
         except CaiError as error:
-            self._journal.line(f"{what} ended: {error.machine_code}: {error.message}")
+            access = replace(
+                access, status="failed", error=error.machine_code, message=error.message
+            )
         finally:
+            elapsed = int(1000 * (time.monotonic() - started))
+            self._journal.access(replace(access, elapsed_ms=elapsed))
             self._clients -= 1
             writer.close()
 

@@ -11,15 +11,22 @@ from typing import Any
 from cai.attest.agent_client import ChannelAgent
 from cai.errors import ListenerFailed, SettingError
 from tng.config import modes
-from tng.config.addresses import Endpoint, TcpUpstream, Upstream
+from tng.config.addresses import Endpoint, Rule, TcpUpstream, Upstream
 from tng.config.entries import Config, Egress, Ingress
+from tng.egress.netfilter import CapturedService
 from tng.ingress.direct import DirectPeers
 from tng.ingress.http_proxy import HttpProxy
 from tng.ingress.mapping import PortMapping
+from tng.ingress.netfilter import CapturedConnections
 from tng.ingress.socks5 import SocksProxy
+from tng.netfilter.capture import Captures
+from tng.netfilter.marks import OWN_MARK
 from tng.operation.assembly import make_acceptor, make_backend, make_peers
 from tng.operation.control import Control
 from tng.operation.journal import Journal
+from tng.operation.metered import MeteredBackend, MeteredPeers
+from tng.operation.readiness import Readiness
+from tng.streams import Backend
 
 DRAIN_S = 10.0
 """How long running requests may go on after the gateway was asked to stop, seconds."""
@@ -55,8 +62,14 @@ class Gateway:
         self._leaving = False
         self._listen: dict[str, list[str]] = {}
         self._proxies: list[HttpProxy] = []
+        self._captures = Captures(config, journal)
+        self._captured: dict[str, int] = {}
+        self._readiness = Readiness(lambda: self._leaving)
         self._peers = {
-            entry.name: make_peers(entry, journal, lambda: self._own) for entry in config.ingress
+            entry.name: MeteredPeers(
+                make_peers(entry, journal, lambda: self._own), entry.name, journal
+            )
+            for entry in config.ingress
         }
         self._acceptors = {
             entry.name: make_acceptor(entry, journal, agent) for entry in config.egress
@@ -69,18 +82,26 @@ class Gateway:
             ListenerFailed: one cannot be opened; none is left open.
             SettingError: a mode that is not in this version.
         """
+        # Everything that the listeners dial from now on carries the mark.
+        marked = OWN_MARK.set(self._captures.mark)
         try:
+            if self._captures:
+                await self._captures.guard()
             for ingress in self._config.ingress:
                 await self._start_ingress(ingress)
             for egress in self._config.egress:
                 await self._start_egress(egress)
             where = self._config.telemetry.control
             if where:
-                control = Control(lambda: not self._leaving, self.status)
-                await self._open("control_interface", where, control.serve)
+                control = Control(self._readiness.missing, self.status, self._journal.meters)
+                await self._open("control_interface", where, control.serve, counted=False)
+            if self._captures:
+                await self._captures.capture(self._captured)
         except BaseException:
             await self.close()
             raise
+        finally:
+            OWN_MARK.reset(marked)
         return self._listen
 
     @property
@@ -128,6 +149,7 @@ class Gateway:
         self._leaving = True
         for server in self._servers:
             server.close()
+        await self._captures.release()
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -154,23 +176,60 @@ class Gateway:
                 targets = _remote(entry.name, rule.targets)
                 serve = functools.partial(mapping.serve, targets=targets)
                 await self._open(entry.name, rule.listen, serve)
+        elif isinstance(entry.mode, modes.Netfilter):
+            captured = CapturedConnections(entry.name, entry.mode, peers, self._journal)
+            await self._open_captured(entry.name, entry.mode, captured.serve)
         else:
             raise SettingError(f"{entry.name}: this mode is not in this version")
 
     async def _start_egress(self, entry: Egress) -> None:
         acceptor = self._acceptors[entry.name]
+        if isinstance(entry.mode, modes.Netfilter):
+            service = CapturedService(
+                entry.name,
+                entry.mode,
+                acceptor,
+                functools.partial(self._backend, entry),
+                remote=entry.remote_upstream,
+                journal=self._journal,
+            )
+            await self._open_captured(entry.name, entry.mode, service.serve)
+            return
         if not isinstance(entry.mode, modes.Mapping):
             raise SettingError(f"{entry.name}: this mode is not in this version")
         for rule in entry.mode.rules:
-            backend = make_backend(entry, rule, self._journal)
+            backend = self._backend(entry, rule)
+            self._readiness.needs_backend(entry.name, rule.targets)
             serve = functools.partial(acceptor.serve, backend=backend)
             await self._open(entry.name, rule.listen, serve)
 
-    async def _open(self, name: str, where: Endpoint, serve: Serve) -> None:
+    def _backend(self, entry: Egress, rule: Rule) -> Backend:
+        made = make_backend(entry, rule, self._journal)
+        return MeteredBackend(made, entry.name, self._journal)
+
+    async def _open_captured(self, name: str, mode: modes.Netfilter, serve: Serve) -> None:
+        # The kernel turns packets to an address of the interface on which they came in.
+        await self._open(name, Endpoint("0.0.0.0", mode.listen_port or 0), serve)  # noqa: S104
+        port = self._own[-1][1]
+        self._captured[name] = port
+        try:
+            await self._open(name, Endpoint("::", port), serve)
+        except ListenerFailed as error:
+            # Its rules lead to a closed port then, so nothing of IPv6 passes in clear.
+            self._journal.line(f"{name} serves IPv4 only: {error.message}")
+
+    async def _open(
+        self, name: str, where: Endpoint, serve: Serve, *, counted: bool = True
+    ) -> None:
+        meters = self._journal.meters
+
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None  # noqa: S101 - asyncio runs this in a task
             self._connections.add(task)
+            if counted:
+                meters.connections.add(1, name)
+                meters.active.add(1, name)
             try:
                 await serve(reader, writer)
             except asyncio.CancelledError:
@@ -184,6 +243,8 @@ class Gateway:
                 writer.transport.abort()
             finally:
                 self._connections.discard(task)
+                if counted:
+                    meters.active.add(-1, name)
 
         try:
             server = await asyncio.start_server(
