@@ -20,7 +20,7 @@ from tng.ingress.mapping import PortMapping
 from tng.ingress.netfilter import CapturedConnections
 from tng.ingress.socks5 import SocksProxy
 from tng.netfilter.capture import Captures
-from tng.netfilter.marks import OWN_MARK
+from tng.netfilter.marks import mark_connections
 from tng.operation.assembly import make_acceptor, make_backend, make_peers
 from tng.operation.control import Control
 from tng.operation.journal import Journal
@@ -82,10 +82,9 @@ class Gateway:
             ListenerFailed: one cannot be opened; none is left open.
             SettingError: a mode that is not in this version.
         """
-        # Everything that the listeners dial from now on carries the mark.
-        marked = OWN_MARK.set(self._captures.mark)
         try:
-            if self._captures:
+            if self._captures.mark is not None:
+                mark_connections(asyncio.get_running_loop(), self._captures.mark)
                 await self._captures.guard()
             for ingress in self._config.ingress:
                 await self._start_ingress(ingress)
@@ -100,8 +99,6 @@ class Gateway:
         except BaseException:
             await self.close()
             raise
-        finally:
-            OWN_MARK.reset(marked)
         return self._listen
 
     @property
