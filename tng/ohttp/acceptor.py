@@ -1,0 +1,421 @@
+"""The egress's end of OHTTP: key configurations, client evidence, and encapsulated requests.
+
+Plain HTTP/1.1 (a load balancer may end TLS in front); the header ``x-tng-ohttp-api`` names the API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import Sequence
+from hashlib import sha256
+
+import h11
+
+from cai import jcs
+from cai.errors import CaiError, FormatError, InputError, LimitExceeded, Tampered
+from tng.config.transport import Cors, OhttpServer
+from tng.config.trust import Attest, ServiceVerify
+from tng.ingress.http1 import ClientConnection, ClientGone
+from tng.ohttp.attester import KeyAttester
+from tng.ohttp.chunked import HEADER_SIZE, Header, RequestReceiver
+from tng.ohttp.fields import Field
+from tng.ohttp.hpke import KEY_SIZE
+from tng.ohttp.judge import ClientJudge
+from tng.ohttp.keys import KeyRing, Replayed
+from tng.ohttp.messages import (
+    API_CHALLENGE,
+    API_HEADER,
+    API_KEY_CONFIG,
+    API_TUNNEL,
+    API_VERIFY,
+    MAX_JSON,
+    MAX_METADATA,
+    REQUEST_TYPE,
+    KeyRequest,
+    Metadata,
+    parse_evidence,
+)
+from tng.ohttp.tunnel import OuterBody, TunnelStream
+from tng.operation.journal import Journal, endpoint_text
+from tng.streams import Backend, Caller, Code, StreamReset
+
+MAX_CONNECTIONS = 1024
+"""Most connections of one entry at once; the newest is refused beyond them."""
+
+GRACE_S = 2.0
+"""How long a backend may take to end after its response is whole, seconds."""
+
+MAX_DRAINED = 16 * 1024 * 1024
+"""Most of a refused request that is read so that its sender sees the answer, bytes."""
+
+DRAIN_S = 10.0
+"""How long that may take, seconds."""
+
+
+class OuterError(CaiError):
+    """An answer outside, in stock TNG's shape.
+
+    Args:
+        status: HTTP status.
+        name: TNG's code.
+        message: what happened.
+    """
+
+    code, exit_status = "ohttp", 8
+
+    def __init__(self, status: int, name: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.name = name
+
+
+class OhttpAcceptor:
+    """Connections of one entry.
+
+    Args:
+        name: of the entry.
+        settings: its ``ohttp``.
+        attest: how it proves itself; ``None`` when it does not.
+        verify: how it checks clients; ``None`` takes every one.
+        journal: where its lines go.
+
+    Raises:
+        CaiError: the key file cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: OhttpServer,
+        attest: Attest | None,
+        verify: ServiceVerify | None,
+        journal: Journal,
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._journal = journal
+        self._ring = KeyRing(settings.key, journal, name)
+        self._attester = KeyAttester(attest)
+        self._judge = ClientJudge(verify) if verify else None
+        self._idle: set[ClientConnection] = set()
+        self._connections = 0
+        self._streams = 0
+        self._leaving = False
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, backend: Backend
+    ) -> None:
+        """Serve one connection to its end."""
+        peername = writer.get_extra_info("peername")
+        peer = f"{self._name} {endpoint_text(peername)}"
+        if self._connections >= MAX_CONNECTIONS or self._leaving:
+            self._journal.line(f"{peer} refused: {MAX_CONNECTIONS} connections are open")
+            writer.close()
+            return
+        address = str(peername[0]) if isinstance(peername, tuple) else ""
+        connection = _Connection(ClientConnection(reader, writer), peer, address, backend)
+        self._connections += 1
+        try:
+            while not self._leaving and await self._next(connection):
+                pass
+        except ClientGone:
+            self._journal.line(f"{peer} left inside a request")
+        except CaiError as error:
+            self._journal.line(f"{peer} ended: {error.message}")
+            with contextlib.suppress(CaiError):
+                # What HTTP itself refuses has a status of its own.
+                status = error.http_status if error.http_status < 500 else 400
+                await connection.client.send_raw(_plain_error(status, error.message))
+        finally:
+            self._connections -= 1
+            writer.close()
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+        return {
+            "dialect": "ohttp",
+            "sessions": self._connections,
+            "streams": self._streams,
+            "keys": self._ring.status(),
+        }
+
+    def leave(self) -> None:
+        """Take no new requests: connections between two requests are closed now."""
+        self._leaving = True
+        for client in list(self._idle):
+            client.abort()
+
+    async def close(self) -> None:
+        """Close the connections to the services."""
+        self._leaving = True
+        await self._attester.close()
+        if self._judge is not None:
+            await self._judge.close()
+
+    async def _next(self, connection: _Connection) -> bool:
+        client = connection.client
+        self._idle.add(client)
+        try:
+            request = await client.next_request()
+        finally:
+            self._idle.discard(client)
+        if request is None:
+            return False
+        headers = _cors(self._settings.cors, request)
+        body = OuterBody(client)
+        try:
+            await self._answer(connection, request, body, headers)
+        except OuterError as error:
+            self._journal.line(f"{connection.peer} refused: {error.name}: {error.message}")
+            if client.response_started:
+                client.abort()
+                return False
+            told = {"code": error.name, "message": error.message}
+            await _send_json(client, error.status, told, headers)
+        if not body.ended:
+            await _drain(body)
+        return client.reusable
+
+    async def _answer(
+        self,
+        connection: _Connection,
+        request: h11.Request,
+        body: OuterBody,
+        headers: Sequence[Field],
+    ) -> None:
+        given = [value for name, value in request.headers if name == API_HEADER]
+        client = connection.client
+        if request.method == b"OPTIONS" and self._settings.cors is not None and not given:
+            await client.send(h11.Response(status_code=204, headers=list(headers)))
+            await client.send(h11.EndOfMessage())
+            return
+        if len(given) != 1:
+            raise OuterError(403, "RejectNonTngRequest", "not a request of a TNG client")
+        wanted = b"GET" if given[0] == API_CHALLENGE else b"POST"
+        if given[0] not in (API_KEY_CONFIG, API_CHALLENGE, API_VERIFY, API_TUNNEL):
+            raise OuterError(400, "InvalidOhttpApiHeaderValue", "no such API")
+        if request.method != wanted:
+            raise OuterError(405, "MethodNotAllowed", f"{wanted.decode()} only")
+        if given[0] == API_TUNNEL:
+            await self._tunnel(connection, request, body, headers)
+            return
+        try:
+            if given[0] == API_KEY_CONFIG:
+                asked = KeyRequest.decode(await _whole(body))
+                config = self._ring.active().config
+                answer = (await self._attester.answer(asked, config)).encode()
+            else:
+                answer = await self._about_clients(given[0], body)
+        except ClientGone:
+            raise
+        except InputError as error:
+            raise OuterError(error.http_status, "InvalidRequest", error.message) from error
+        except CaiError as error:
+            # The reason may name addresses of this guest: it stays in the journal.
+            self._journal.line(f"{connection.peer} {given[0].decode()}: {error.message}")
+            name, text = _API_FAILED[given[0]]
+            busy = error.http_status == 503
+            raise OuterError(503 if busy else 500, name, text) from error
+        await _send_json(client, 200, answer, headers)
+
+    async def _about_clients(self, api: bytes, body: OuterBody) -> bytes:
+        data = await _whole(body)
+        if self._judge is None:
+            raise FormatError("this egress asks its clients for no evidence")
+        if api == API_CHALLENGE:
+            return jcs.canonical({"challenge_token": await self._judge.challenge()})
+        value = jcs.parse(data, what="evidence", limit=MAX_JSON)
+        evidence = parse_evidence(value.get("evidence") if isinstance(value, dict) else None)
+        token = await self._judge.appraise(evidence)
+        return jcs.canonical({"attestation_result": token, "as_provider": "coco"})
+
+    async def _tunnel(
+        self,
+        connection: _Connection,
+        request: h11.Request,
+        body: OuterBody,
+        headers: Sequence[Field],
+    ) -> None:
+        if _header(request, b"content-type").partition(b";")[0].strip() != REQUEST_TYPE:
+            raise OuterError(415, "InvalidContentType", "not an encapsulated request")
+        receiver, caller = await self._receiver(connection, body)
+        stream = TunnelStream(
+            connection.client,
+            body,
+            receiver,
+            address=connection.address if self._settings.forward_client_ip else "",
+            outer=request.headers if self._settings.forward_client_ip else (),
+            headers=headers,
+            passed=self._settings.passthrough.response,
+        )
+        self._streams += 1
+        try:
+            await _carried(stream, connection.backend, caller)
+        finally:
+            self._streams -= 1
+        if not stream.finished:
+            await self._unfinished(connection, stream)
+
+    async def _receiver(
+        self, connection: _Connection, body: OuterBody
+    ) -> tuple[RequestReceiver, Caller]:
+        try:
+            size = int.from_bytes(await body.exactly(4))
+            if size > MAX_METADATA:
+                raise OuterError(413, "MetadataTooLong", f"at most {MAX_METADATA} bytes")
+            metadata = Metadata.decode(await body.exactly(size))
+            header = Header.decode(await body.exactly(HEADER_SIZE))
+            enc = await body.exactly(KEY_SIZE)
+            key = self._ring.find(metadata.hint, header.key_id)
+            if key is None:
+                raise OuterError(422, "ServerKeyConfigNotFound", "no such key here, or no more")
+            if self._judge is not None:
+                await self._judge.judge(metadata, f"client {connection.peer}")
+            receiver = RequestReceiver(header, enc, key.private, metadata.public or None)
+            key.open_once(enc)
+        except Replayed as error:
+            raise OuterError(400, "ReplayedRequest", error.message) from error
+        except InputError as error:
+            raise OuterError(error.http_status, "InvalidRequest", error.message) from error
+        except (OuterError, ClientGone):
+            raise
+        except CaiError as error:
+            self._journal.line(f"{connection.peer}: {error.message}")
+            status = 403 if error.http_status in (401, 403) else 502
+            raise OuterError(status, "ClientRefused", "the client is not proven") from error
+        session = sha256(metadata.token.encode()).hexdigest()[:16] if metadata.token else ""
+        attested = sha256(metadata.public).hexdigest() if self._judge else ""
+        number = connection.count()
+        return receiver, Caller(
+            f"{connection.peer} request {number}", session or connection.session, attested
+        )
+
+    async def _unfinished(self, connection: _Connection, stream: TunnelStream) -> None:
+        fault = stream.fault
+        if isinstance(fault, ClientGone):
+            raise fault
+        if stream.started:
+            # Part of a response is out: without its last chunk nobody takes it for whole.
+            connection.client.abort()
+            raise ClientGone("the response was cut off")
+        if isinstance(fault, (FormatError, LimitExceeded, Tampered)):
+            raise OuterError(fault.http_status, "InvalidRequest", fault.message) from fault
+        error = CaiError("the backend gave no whole response", code="upstream")
+        if isinstance(fault, StreamReset) and fault.reset_code is Code.UPSTREAM:
+            error = CaiError(fault.message, code="upstream")
+        await stream.refuse(502, error)
+
+
+class _Connection:
+    """One outer connection."""
+
+    def __init__(
+        self, client: ClientConnection, peer: str, address: str, backend: Backend
+    ) -> None:
+        self.client = client
+        self.peer = peer
+        self.address = address
+        self.backend = backend
+        self.session = secrets.token_hex(8)
+        self._count = 0
+
+    def count(self) -> int:
+        """Number of the next request."""
+        self._count += 1
+        return self._count
+
+
+_API_FAILED = {
+    API_KEY_CONFIG: (
+        "GenServerHpkeConfigurationResponseFailed", "no evidence for this request can be had",
+    ),
+    API_CHALLENGE: ("ServerVerifyClientGetChallengeTokenFailed", "no challenge can be had"),
+    API_VERIFY: ("ServerVerifyClientFailed", "the evidence was not appraised"),
+}  # fmt: skip
+
+
+async def _carried(stream: TunnelStream, backend: Backend, caller: Caller) -> None:
+    """Let the backend serve a request; it may not outlive the response for long."""
+    carrying = asyncio.ensure_future(backend.carry(stream, caller))
+    over = asyncio.ensure_future(stream.wait_finished())
+    try:
+        await asyncio.wait({carrying, over}, return_when=asyncio.FIRST_COMPLETED)
+        if not carrying.done():
+            await asyncio.wait({carrying}, timeout=GRACE_S)
+    finally:
+        carrying.cancel()
+        over.cancel()
+        await asyncio.gather(carrying, over, return_exceptions=True)
+    if not carrying.cancelled() and (error := carrying.exception()):
+        raise error
+
+
+async def _whole(body: OuterBody) -> bytes:
+    data = bytearray()
+    while part := await body.some():
+        data += part
+        if len(data) > MAX_JSON:
+            raise LimitExceeded(f"a message of more than {MAX_JSON} bytes")
+    return bytes(data)
+
+
+async def _drain(body: OuterBody) -> None:
+    """Read what is left of a request, so that closing does not take the answer away."""
+    drained = 0
+    with contextlib.suppress(CaiError, TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while (part := await body.some()) and drained < MAX_DRAINED:
+                drained += len(part)
+
+
+async def _send_json(
+    client: ClientConnection, status: int, value: bytes | dict[str, str], extra: Sequence[Field]
+) -> None:
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode("ascii")),
+        (b"cache-control", b"no-store"),
+        *extra,
+    ]
+    await client.send(h11.Response(status_code=status, headers=headers))
+    await client.send(h11.Data(data=body))
+    await client.send(h11.EndOfMessage())
+
+
+def _plain_error(status: int, message: str) -> bytes:
+    body = json.dumps({"code": "BadRequest", "message": message}).encode()
+    head = (
+        f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
+
+
+def _header(request: h11.Request, name: bytes) -> bytes:
+    return next((bytes(value) for key, value in request.headers if key == name), b"")
+
+
+def _cors(settings: Cors | None, request: h11.Request) -> list[Field]:
+    """CORS headers of an answer (Fetch standard §3.2); none for an origin that is not named."""
+    origin = _header(request, b"origin")
+    if settings is None or not origin:
+        return []
+    named = origin.decode("ascii", "replace") in settings.origins
+    if not named and "*" not in settings.origins:
+        return []
+    headers = [(b"access-control-allow-origin", origin if named else b"*"), (b"vary", b"Origin")]
+    # A wildcard with credentials would let every site speak as the user.
+    if named and settings.credentials:
+        headers.append((b"access-control-allow-credentials", b"true"))
+    for name, values in (
+        (b"access-control-allow-methods", settings.methods),
+        (b"access-control-allow-headers", settings.headers),
+        (b"access-control-expose-headers", settings.expose),
+    ):
+        if values:
+            headers.append((name, ", ".join(values).encode("ascii", "replace")))
+    return headers

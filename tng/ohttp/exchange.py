@@ -1,0 +1,362 @@
+"""An ingress's stream over OHTTP: HTTP/1.1 from a client in, one encapsulated exchange per request.
+
+The client's bytes are parsed as strictly as at the proxy, and its response is written anew. What
+fails before a response has begun is answered in HTTP; after that the stream breaks, because a cut
+response may not look whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from http import HTTPStatus
+from typing import Protocol, TypeVar, cast
+
+import h11
+
+from cai.errors import CaiError, FormatError, LimitExceeded, PeerError, Tampered
+from tng.config.transport import OhttpClient
+from tng.ingress.http1 import ClientConnection, ClientGone, HeadTooLarge, SlowRequest
+from tng.ohttp import fields
+from tng.ohttp.bhttp import (
+    Content,
+    End,
+    MessageReader,
+    ResponseHead,
+    encode_content,
+    encode_end,
+    encode_request,
+)
+from tng.ohttp.chunked import Opener, RequestSender
+from tng.ohttp.messages import API_TUNNEL, REQUEST_TYPE, RESPONSE_TYPE
+from tng.ohttp.outer import OuterClient, OuterConnection, OuterRefusal, Stale, refusal
+from tng.ohttp.pipe import Pipe
+from tng.ohttp.rewriting import outer_path
+from tng.peers.destination import BadRequest
+from tng.streams import Code, StreamReset
+
+MAX_REPLAY = 16 * 1024 * 1024
+"""Most of a request that is kept for a second try under a fresh key, bytes."""
+
+SILENCE_S = 3600.0
+"""Longest pause before and inside a response, seconds; a model may think for long."""
+
+UNKNOWN_KEY = HTTPStatus.UNPROCESSABLE_ENTITY
+"""How a server says that it does not serve the key, or no more."""
+
+IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
+"""Methods of requests that may be sent again when a kept connection breaks (RFC 9110 §9.2.2)."""
+
+_Given = TypeVar("_Given")
+
+
+class Sending(Protocol):
+    """A proven key, with what a request under it begins with."""
+
+    def sender(self) -> tuple[RequestSender, bytes]:
+        """A new encapsulation, and the metadata that stands before it."""
+
+
+class Keys(Protocol):
+    """The proven keys of one origin."""
+
+    @property
+    def client(self) -> OuterClient:
+        """Connections to it."""
+
+    async def current(self) -> Sending:
+        """The key to use; raises CaiError when there is no proven one."""
+
+    async def replaced(self, old: Sending, path: str) -> Sending:
+        """A fresh one, after the origin did not know the old one."""
+
+
+class OhttpStream:
+    """The stream that a mode relays.
+
+    Args:
+        keys: of the origin.
+        settings: what is rewritten and copied outside.
+    """
+
+    def __init__(self, keys: Keys, settings: OhttpClient) -> None:
+        self._keys = keys
+        self._settings = settings
+        self._in = Pipe()
+        self._out = Pipe()
+        self._error: CaiError | None = None
+        self._running = asyncio.create_task(self._run())
+        self._running.add_done_callback(self._over)
+
+    async def opened(self) -> None:
+        """The key is proven; each request opens its own upstream."""
+
+    async def read(self) -> bytes:
+        """The next bytes of responses.
+
+        Raises:
+            PeerError: the exchange broke.
+        """
+        try:
+            return await self._out.read()
+        except OSError as error:
+            raise self._broken() from error
+
+    async def write(self, data: bytes) -> None:
+        """Bytes of requests.
+
+        Raises:
+            PeerError: no more are taken.
+        """
+        try:
+            self._in.write(data)
+            await self._in.drain()
+        except OSError as error:
+            raise self._broken() from error
+
+    async def accept(self) -> None:
+        """Nothing to tell."""
+
+    async def finish(self) -> None:
+        """The client sends no further request; running ones go on."""
+        self._in.end()
+
+    def reset(self, code: Code = Code.CANCELLED, text: str = "") -> None:
+        """Give up; a running exchange is broken off, so that the engine stops."""
+        if not self._running.done():
+            self._error = self._error or StreamReset(code, text)
+            self._running.cancel()
+
+    async def closed(self) -> None:
+        """Wait until nothing runs any more."""
+        await asyncio.gather(self._running, return_exceptions=True)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._running.done()
+
+    def _broken(self) -> PeerError:
+        if isinstance(self._error, PeerError):
+            return self._error
+        text = self._error.message if self._error else "the exchange ended"
+        return StreamReset(Code.PROTOCOL, text)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._in.abort()
+        if task.cancelled() or task.exception() is not None:
+            self._out.abort()
+        else:
+            self._out.end()
+
+    async def _run(self) -> None:
+        # The parser needs of a socket only what a pipe has.
+        client = ClientConnection(
+            cast("asyncio.StreamReader", self._in), cast("asyncio.StreamWriter", self._out)
+        )
+        try:
+            while (request := await client.next_request()) is not None:
+                await _Exchange(client, request, self._keys, self._settings).run()
+                if not client.reusable:
+                    return
+        except CaiError as error:
+            self._error = error
+            if client.response_started or isinstance(error, ClientGone):
+                self._out.abort()
+                return
+            await client.send_raw(_told(error))
+
+
+class _Exchange:
+    def __init__(
+        self, client: ClientConnection, request: h11.Request, keys: Keys, settings: OhttpClient
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._keys = keys
+        self._settings = settings
+        self._events = _Replayable(client)
+
+    async def run(self) -> None:
+        request = self._request
+        if request.method == b"CONNECT":
+            raise BadRequest(
+                "OHTTP carries single requests, no tunnels",
+                hint="send plain http:// requests, or use the default transport",
+            )
+        if not request.target.startswith(b"/"):
+            raise BadRequest("the request target is no path")
+        if any(name == b"upgrade" and b"websocket" in value for name, value in request.headers):
+            raise BadRequest("OHTTP carries no WebSocket", hint="use the default transport")
+        try:
+            listed = fields.inner(request.headers)
+        except FormatError as error:
+            raise BadRequest(error.message) from error
+        path = outer_path(self._settings, request.target)
+        key = await self._keys.current()
+        if any(name == b"expect" for name, _value in request.headers):
+            await self._client.send(h11.InformationalResponse(status_code=100, headers=[]))
+        try:
+            await self._attempt(key, listed, path, fresh=False)
+        except Stale:
+            if request.method not in IDEMPOTENT:
+                raise
+            await self._attempt(key, listed, path, fresh=True)
+        except OuterRefusal as error:
+            if error.status != UNKNOWN_KEY or not self._events.complete:
+                raise
+            fresh = await self._keys.replaced(key, path)
+            await self._attempt(fresh, listed, path, fresh=False)
+
+    async def _attempt(
+        self, key: Sending, listed: list[fields.Field], path: str, *, fresh: bool
+    ) -> None:
+        connection = await self._keys.client.acquire(fresh=fresh)
+        sender, metadata = key.sender()
+        upload = asyncio.create_task(
+            self._upload(connection, sender, metadata + sender.head, listed, path)
+        )
+        download = asyncio.create_task(self._download(connection, sender))
+        try:
+            await asyncio.wait({upload, download}, return_when=asyncio.FIRST_COMPLETED)
+            if upload.done() and not download.done() and (error := upload.exception()):
+                # A peer may answer early and stop reading; then its answer counts.
+                if not isinstance(error, PeerError):
+                    raise error
+                await asyncio.wait({download})
+            await download
+        finally:
+            for task in (upload, download):
+                task.cancel()
+            await asyncio.gather(upload, download, return_exceptions=True)
+            self._keys.client.release(connection)
+
+    async def _upload(
+        self,
+        connection: OuterConnection,
+        sender: RequestSender,
+        begin: bytes,
+        listed: list[fields.Field],
+        path: str,
+    ) -> None:
+        request = self._request
+        copied = fields.outside(listed, self._settings.passthrough.request)
+        await connection.send(
+            self._keys.client.head(
+                "POST", path, API_TUNNEL,
+                (b"content-type", REQUEST_TYPE), (b"transfer-encoding", b"chunked"), *copied,
+            )
+        )  # fmt: skip
+        head = encode_request(request.method, request.target, listed)
+        await connection.send(h11.Data(data=begin + sender.sealer.chunk(head)))
+        async for data in self._events.all():
+            await connection.send(h11.Data(data=sender.sealer.chunk(encode_content(data))))
+        last = sender.sealer.chunk(encode_end()) + sender.sealer.final()
+        await connection.send(h11.Data(data=last))
+        await connection.send(h11.EndOfMessage())
+
+    async def _download(self, connection: OuterConnection, sender: RequestSender) -> None:
+        response = await _within(connection.response())
+        if response.status_code != HTTPStatus.OK:
+            raise await refusal(connection, response)
+        kind = next((value for name, value in response.headers if name == b"content-type"), b"")
+        if kind.partition(b";")[0].strip() != RESPONSE_TYPE:
+            raise PeerError("the peer's answer is no encapsulated response")
+        reader = MessageReader(request=False)
+        try:
+            opener, data = await self._opener(connection, sender)
+            while data or (data := await _within(connection.data())):
+                for plain in opener.feed(data):
+                    await self._pass_on(reader, plain)
+                data = b""
+            await self._pass_on(reader, opener.finish())
+        except (FormatError, LimitExceeded, Tampered) as error:
+            raise PeerError(f"the peer's response: {error.message}", code="tampered") from error
+        if not reader.done:
+            raise PeerError("the peer's response was cut off")
+        await self._client.send(h11.EndOfMessage())
+
+    @staticmethod
+    async def _opener(
+        connection: OuterConnection, sender: RequestSender
+    ) -> tuple[Opener, bytes]:
+        begin = bytearray()
+        while len(begin) < sender.nonce_size:
+            data = await _within(connection.data())
+            if not data:
+                raise Tampered("the encapsulated message was cut off")
+            begin += data
+        size = sender.nonce_size
+        return sender.response(bytes(begin[:size])), bytes(begin[size:])
+
+    async def _pass_on(self, reader: MessageReader, plain: bytes) -> None:
+        for event in reader.feed(plain):
+            if isinstance(event, ResponseHead):
+                headers = fields.inner(event.fields)
+                await self._client.send(
+                    h11.Response(status_code=event.status, headers=headers)
+                )
+            elif isinstance(event, Content):
+                await self._client.send(h11.Data(data=event.data))
+            elif not isinstance(event, End):
+                raise FormatError("binary HTTP: a request where a response was expected")
+
+
+class _Replayable:
+    """A request's body, kept as long as it is small enough to be sent again."""
+
+    def __init__(self, client: ClientConnection) -> None:
+        self._client = client
+        self._kept: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self.complete = True
+
+    async def all(self) -> AsyncIterator[bytes]:
+        """The body from its beginning.
+
+        Raises:
+            CaiError: the client's body is malformed, stalls or stops.
+        """
+        for data in list(self._kept):
+            yield data
+        if self._ended:
+            return
+        async for event in self._client.body():
+            if isinstance(event, h11.EndOfMessage):
+                self._ended = True
+                return
+            data = bytes(event.data)
+            self._keep(data)
+            yield data
+
+    def _keep(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > MAX_REPLAY:
+            self._kept.clear()
+            self.complete = False
+        elif self.complete:
+            self._kept.append(data)
+
+
+async def _within(coming: Awaitable[_Given]) -> _Given:
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            return await coming
+    except TimeoutError as error:
+        raise PeerError(f"the peer was silent for {SILENCE_S:g} s") from error
+
+
+def _told(error: CaiError) -> bytes:
+    own = isinstance(error, (BadRequest, HeadTooLarge, SlowRequest))
+    status = error.http_status if own else HTTPStatus.BAD_GATEWAY
+    if isinstance(error, OuterRefusal) and error.status in (429, 503, 504):
+        status = error.status
+    body = json.dumps({"error": error.to_json()}, ensure_ascii=False).encode() + b"\n"
+    head = (
+        f"HTTP/1.1 {int(status)} {HTTPStatus(status).phrase}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        "connection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
