@@ -28,7 +28,8 @@ from cai.attest.policy import policy_for
 from cai.attest.statement import ServedModel
 from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verify import verify_evidence
-from cai.host.agent import Agent, now, serve_channel_socket
+from cai.host.agent import Agent, now
+from cai.host.agent_socket import serve_channel_socket
 from cai.host.launch import Launch
 
 REQUESTS = 2000

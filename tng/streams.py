@@ -81,10 +81,12 @@ class Proven:
     Attributes:
         verdict: every check.
         max_age_s: how long its session may open streams, from now, seconds.
+        drain_s: how long running streams may go on after that, seconds.
     """
 
     verdict: Verdict
     max_age_s: float
+    drain_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cai import jcs
 from cai.attest import rcar, ttrpc
-from cai.attest.agent_client import parse_prove
+from cai.attest.agent_client import ProofRequest
 from cai.attest.certificates import load_chain, verify_chain
 from cai.attest.channel import ChannelEvidence
 from cai.attest.evidence_file import decode_evidence
@@ -189,7 +189,7 @@ TARGETS: Mapping[str, Target] = {
     "rcar-request": rcar.Request.parse,
     "rcar-challenge": rcar.Challenge.parse,
     "rcar-attestation": rcar.Attestation.parse,
-    "agent-prove": parse_prove,
+    "agent-prove": ProofRequest.decode,
     "ttrpc-header": ttrpc.Header.decode,
     "ttrpc-request": ttrpc.Request.decode,
 }

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai import merkle
+from cai.attest.agent_client import ProofRequest, SessionProof
 from cai.attest.channel import ChannelEvidence
 from cai.attest.evidence import Evidence
 from cai.attest.statement import (
@@ -73,12 +75,17 @@ class FakeAgent:
     others: tuple[bytes, ...] = ()
     changes: dict[str, object] = field(default_factory=dict)
     answer: Callable[[bytes], Awaitable[ChannelEvidence]] | None = None
+    requests: list[ProofRequest] = field(default_factory=list)
+    ticket: bytes = b""
+    good_for_s: float = math.inf
 
-    async def prove(self, leaf: bytes) -> ChannelEvidence:
-        self.calls.append(leaf)
+    async def prove(self, request: ProofRequest) -> SessionProof:
+        self.calls.append(request.leaf)
+        self.requests.append(request)
         if self.answer:
-            return await self.answer(leaf)
-        return self.evidence([leaf, *self.others])
+            return SessionProof(await self.answer(request.leaf), self.good_for_s)
+        evidence = self.evidence([request.leaf, *self.others])
+        return SessionProof(replace(evidence, ticket=self.ticket), self.good_for_s)
 
     def evidence(self, leaves: list[bytes], index: int = 0) -> ChannelEvidence:
         world = self.world

@@ -593,13 +593,31 @@ async def test_no_stream_reaches_the_engine_before_the_client_is_ready(
     assert engine.connections == 0
 
 
-async def test_a_further_proof_is_answered_by_going_away(
-    agent: FakeAgent, tmp_path: Path
+def prove(seq: int) -> Frame:
+    return Frame(FrameType.PROVE, 0, bytes(32) + seq.to_bytes(4, "big"))
+
+
+@pytest.mark.parametrize("seq", [0, 2, 2**32 - 1])
+async def test_a_further_proof_under_another_number_ends_the_session(
+    agent: FakeAgent, tmp_path: Path, seq: int
 ) -> None:
     socket = tmp_path / "engine.sock"
     async with running(egress_config({"unix": str(socket)}), agent) as outside:
-        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, PROVE)
-    assert got[-1].type is FrameType.GOAWAY
+        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, prove(seq))
+    assert got[-1].type is FrameType.REFUSE
+    assert parse_reason(got[-1].payload)[0] is Code.PROTOCOL
+    assert len(agent.calls) == 1
+
+
+async def test_proofs_that_are_asked_for_too_often_end_the_session(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tng.channel.renewal.MAX_PROOFS_A_MINUTE", 0)
+    socket = tmp_path / "engine.sock"
+    async with running(egress_config({"unix": str(socket)}), agent) as outside:
+        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, prove(1))
+    assert got[-1].type is FrameType.REFUSE
+    assert "in a minute" in parse_reason(got[-1].payload)[1]
     assert len(agent.calls) == 1
 
 
@@ -626,7 +644,7 @@ async def test_too_many_streams_are_refused_one_by_one(
 async def test_an_egress_opens_no_stream_past_the_age_of_a_session(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.channel.streams.MAX_SESSION_AGE_S", 0.0)
+    monkeypatch.setattr("tng.channel.renewal.MAX_SESSION_AGE_S", 0.0)
     engine = CountingEngine()
     socket = tmp_path / "engine.sock"
     async with (

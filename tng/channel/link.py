@@ -30,6 +30,9 @@ TLS_TIMEOUT_S = 5.0
 MAX_UNSENT_CONTROL = 1024 * 1024
 """Most unsent bytes when a control frame is added without waiting; beyond them the link ends."""
 
+MAX_EARLY_FRAMES = 16
+"""Most frames that are kept while this end waits for something else than the next frame."""
+
 PLAIN_REQUEST_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\n"
     b"content-type: text/plain; charset=utf-8\r\n"
@@ -78,6 +81,19 @@ class Link:
             if plaintext:
                 self._frames.extend(self._decoder.feed(plaintext))
         return self._frames.popleft()
+
+    async def gone(self) -> None:
+        """Wait until the session ends; frames that come before are kept, a few of them.
+
+        Raises:
+            PeerError: it ended.
+            FormatError: the peer breaks the framing.
+        """
+        while len(self._frames) <= MAX_EARLY_FRAMES:
+            plaintext = await self._pipe.receive()
+            if plaintext:
+                self._frames.extend(self._decoder.feed(plaintext))
+        await asyncio.Event().wait()
 
     async def send(self, frame: Frame) -> None:
         """Send a frame and wait until the socket takes more.

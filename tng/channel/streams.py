@@ -23,6 +23,8 @@ from tng.channel.frames import (
     reason,
 )
 from tng.channel.link import Link
+from tng.channel.renewal import Renewal
+from tng.channel.session import Proofs
 from tng.streams import Code, StreamReset
 
 STREAM_WINDOW = 256 * 1024
@@ -31,14 +33,11 @@ STREAM_WINDOW = 256 * 1024
 MAX_STREAMS = 256
 """Most streams open at once in a session."""
 
-MAX_SESSION_AGE_S = 15 * 60.0
-"""Age beyond which a session opens no stream, seconds; equal to that of GPU evidence."""
-
-DRAIN_S = 300.0
-"""How long running streams may go on after that, seconds."""
-
 IDLE_S = 300.0
 """How long a session without a stream is kept, seconds."""
+
+LOOK_S = 1.0
+"""How often a session looks at its age, seconds."""
 
 _MAX_CREDIT_TOTAL = 2**31 - 1
 
@@ -185,16 +184,16 @@ class Channel:
 
     Args:
         link: with every proof done.
+        proofs: those proofs; the session is proven again before they are too old.
         handler: what to do with streams of the client; ``None`` makes this the client's end.
-        max_age_s: seconds from now in which streams may be opened.
     """
 
     def __init__(
         self,
         link: Link,
+        proofs: Proofs,
         *,
         handler: StreamHandler | None = None,
-        max_age_s: float = MAX_SESSION_AGE_S,
     ) -> None:
         self._link = link
         self._handler = handler
@@ -203,9 +202,8 @@ class Channel:
         self._leaving = False
         self._error: CaiError | None = None
         self._handlers: set[asyncio.Task[None]] = set()
-        now = asyncio.get_running_loop().time()
-        self._expires = now + min(max_age_s, MAX_SESSION_AGE_S)
-        self._idle_since = now
+        self._renewal = Renewal(link, proofs, self.leave)
+        self._idle_since = asyncio.get_running_loop().time()
         self._reader = asyncio.create_task(self._read())
         self._keeper = asyncio.create_task(self._keep())
 
@@ -217,7 +215,7 @@ class Channel:
             and not self._leaving
             and len(self._streams) < MAX_STREAMS
             and self._last_number < MAX_STREAM
-            and asyncio.get_running_loop().time() < self._expires
+            and asyncio.get_running_loop().time() < self._renewal.expires
         )
 
     @property
@@ -271,7 +269,7 @@ class Channel:
             self._idle_since = asyncio.get_running_loop().time()
 
     def leave(self) -> None:
-        """Take no new streams; running ones go on until ``DRAIN_S``."""
+        """Take no new streams; running ones go on until the session ends."""
         if self._leaving or self._error:
             return
         self._leaving = True
@@ -281,7 +279,7 @@ class Channel:
     async def close(self) -> None:
         """End the session and every stream now."""
         self._end(PeerError("the channel was closed"))
-        tasks = [self._reader, self._keeper, *self._handlers]
+        tasks = [self._reader, self._keeper, *self._handlers, *self._renewal.tasks]
         for task in tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -308,23 +306,26 @@ class Channel:
         finally:
             self._end(PeerError("the channel was closed"))
             self._keeper.cancel()
-            for task in self._handlers:
+            for task in (*self._handlers, *self._renewal.tasks):
                 task.cancel()
 
     async def _keep(self) -> None:
-        """Ends the session when it is too old or idle."""
+        """Has the session proven again in time; ends it when it is too old or idle."""
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            if now >= self._expires:
+            if now >= self._renewal.expires:
                 self.leave()
+            if not self._leaving:
+                with contextlib.suppress(PeerError):
+                    self._renewal.look(now)
             if self._leaving and not self._streams:
                 break
-            if now >= self._expires + DRAIN_S:
+            if now >= self._renewal.ends:
                 break
             if not self._streams and now >= self._idle_since + IDLE_S:
                 break
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(LOOK_S)
         self._reader.cancel()
 
     def _dispatch(self, frame: Frame) -> None:
@@ -333,9 +334,8 @@ class Channel:
         elif frame.type is FrameType.REFUSE:
             _code, text = parse_reason(frame.payload)
             raise PeerError(f"the peer ended the session: {text}")
-        elif frame.type is FrameType.PROVE:
-            # No further proof in this version: the client makes a new session instead.
-            self.leave()
+        elif frame.type in (FrameType.PROVE, FrameType.ACK, FrameType.EVIDENCE):
+            self._renewal.take(frame)
         elif frame.type is FrameType.OPEN:
             self._on_open(frame.stream)
         elif not frame.type.on_stream:
@@ -353,7 +353,7 @@ class Channel:
             raise FormatError(f"OPEN of stream {number}")
         self._last_number = number
         stream = Stream(self, number)
-        too_old = asyncio.get_running_loop().time() >= self._expires
+        too_old = asyncio.get_running_loop().time() >= self._renewal.expires
         if self._leaving or too_old or len(self._streams) >= MAX_STREAMS:
             stream.reset(
                 Code.SHUTTING_DOWN if self._leaving or too_old else Code.BUSY, "no new streams"

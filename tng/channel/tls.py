@@ -61,18 +61,32 @@ class ChannelKey:
         context.use_certificate(self._certificate)
 
 
-def server_context(key: ChannelKey) -> SSL.Context:
-    """The context of an egress: TLS 1.3, ALPN ``cai/1`` or alert 120, nothing to resume."""
+def server_context(key: ChannelKey, *, demand: bool = False) -> SSL.Context:
+    """The context of an egress: TLS 1.3, ALPN ``cai/1`` or alert 120, nothing to resume.
+
+    Args:
+        key: what it presents.
+        demand: ask the client for a certificate as well. One without is not ended by TLS: it is
+            refused with a reason that can be read.
+    """
     context = new_context()
     key.install(context)
     context.set_alpn_select_callback(_select)
+    if demand:
+        context.set_verify(SSL.VERIFY_PEER, _any)
     return context
 
 
-def client_context() -> SSL.Context:
-    """The context of an ingress. Any certificate passes here: the proof decides."""
+def client_context(key: ChannelKey | None = None) -> SSL.Context:
+    """The context of an ingress. Any certificate passes here: the proof decides.
+
+    Args:
+        key: what it presents where the egress asks; ``None`` presents nothing.
+    """
     context = new_context()
     context.set_alpn_protos([ALPN])
+    if key is not None:
+        key.install(context)
     return context
 
 
@@ -231,6 +245,10 @@ def new_context() -> SSL.Context:
     # Tickets are sent in spite of OP_NO_TICKET; without a cache none of them resumes anything.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     return context
+
+
+def _any(_connection: SSL.Connection, _certificate: object, *_rest: object) -> bool:
+    return True
 
 
 def _select(_connection: SSL.Connection, offered: Sequence[bytes]) -> bytes:

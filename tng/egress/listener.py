@@ -64,7 +64,9 @@ class EgressListener:
             pipe = await accept(reader, writer, self._choose)
             if pipe.tls.protocol == ALPN:
                 assert self._session is not None  # noqa: S101 - only then was it offered
-                await self._session.serve(pipe, backend, peer)
+                name = writer.get_extra_info("peername")
+                source = str(name[0]) if isinstance(name, tuple) and name else ""
+                await self._session.serve(pipe, backend, peer, source)
             else:
                 assert self._stock is not None  # noqa: S101 - only then was it offered
                 await self._stock.serve(pipe, backend, peer)

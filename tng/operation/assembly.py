@@ -14,6 +14,7 @@ from tng.config.trust import Binding, BuiltinVerify, ServiceVerify, Verify
 from tng.egress.listener import EgressListener
 from tng.egress.raw import RawBackend
 from tng.egress.sessions import SessionEgress
+from tng.ohttp.assembly import make_ohttp_acceptor, make_ohttp_peers
 from tng.operation.journal import Journal
 from tng.peers.appraised import ServiceJudge
 from tng.peers.auto import AutoPeers
@@ -31,31 +32,41 @@ Own = Callable[[], Iterable[tuple[str, int]]]
 """Gives the addresses that this process listens on."""
 
 
-def make_peers(entry: Ingress, journal: Journal, own: Own) -> Peers:
+def make_peers(
+    entry: Ingress, journal: Journal, own: Own, agent: ChannelAgent | None = None
+) -> Peers:
     """The attested peers of an ingress, in its dialect.
+
+    Args:
+        entry: of the configuration.
+        journal: where its lines go.
+        own: gives the addresses that this process listens on.
+        agent: source of proofs of this end's sessions; by default the entry's own.
 
     Raises:
         SettingError: the entry asks for something that is not in this version.
         CaiError: a file that it names is missing or malformed.
     """
     if not isinstance(entry.transport, RatsTls):
-        raise _not_yet(entry.name, "ohttp")
+        return make_ohttp_peers(entry, journal, own)
     mode, verify = entry.mode, entry.trust.verify
     filters = mode.filters if isinstance(mode, (HttpProxy, Socks5)) else ()
     references = References.load(verify) if isinstance(verify, BuiltinVerify) else None
+    attest = entry.trust.attest
+    ours = _sessions(entry.name, verify) and verify is not None
     stock = StockPeers(
         entry.name,
         CertificateJudge(verify, references) if verify else NoJudge(),
-        IdentityKeeper(entry.name, entry.trust.attest, journal, dialect=False)
-        if entry.trust.attest
-        else None,
+        # Where this end speaks cai/1 too, its stock evidence says so: whoever speaks it as well
+        # refuses that evidence over another dialect (decisions §4, Downgrade).
+        IdentityKeeper(entry.name, attest, journal, dialect=ours) if attest else None,
         transport=entry.transport,
         filters=filters,
         journal=journal,
         own=own,
         unsafe=entry.unsafe,
     )
-    if verify is None or verify.binding is Binding.KEY:
+    if verify is None or not ours:
         return stock
     session = SessionPeers(
         entry.name,
@@ -64,11 +75,30 @@ def make_peers(entry: Ingress, journal: Journal, own: Own) -> Peers:
         padding=entry.padding,
         journal=journal,
         own=own,
+        agent=(agent or ChannelAgent(attest.socket)) if attest else None,
     )
     if verify.binding is Binding.SESSION:
         return session
     service = verify if isinstance(verify, ServiceVerify) else None
     return AutoPeers(session, stock, filters=filters, own=own, service=service)
+
+
+def _sessions(name: str, verify: Verify | None) -> bool:
+    """Whether an end with this ``verify`` speaks our dialect.
+
+    Raises:
+        SettingError: it must, and cannot.
+    """
+    if verify is None:
+        return True
+    if isinstance(verify, ServiceVerify) and not verify.as_addr:
+        if verify.binding is Binding.SESSION:
+            raise SettingError(
+                f"{name}: a session's evidence is appraised by a service",
+                hint="give verify.as_addr, or binding: key for passports",
+            )
+        return False
+    return verify.binding is not Binding.KEY
 
 
 def _session_judge(verify: Verify, references: References | None) -> SessionJudge:
@@ -87,22 +117,27 @@ def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -
         CaiError: a file that it names is missing or malformed.
     """
     if not isinstance(entry.transport, RatsTls):
-        raise _not_yet(entry.name, "ohttp")
-    if entry.direct:
-        raise _not_yet(entry.name, "direct_forward")
+        return make_ohttp_acceptor(entry, journal)
     trust = entry.trust
-    session = None
-    if trust.attest is not None and trust.verify is None:
-        session = SessionEgress(
-            trust.attest, padding=entry.padding, journal=journal, agent=agent
-        )
-    if agent is not None:
-        return EgressListener(entry.name, trust, session, None, journal)
-    judge = None
-    if trust.verify is not None:
-        verify = trust.verify
+    verify, judge, client_judge = trust.verify, None, None
+    ours = trust.attest is not None and _sessions(entry.name, verify)
+    if verify is not None:
         references = References.load(verify) if isinstance(verify, BuiltinVerify) else None
         judge = CertificateJudge(verify, references)
+        client_judge = _session_judge(verify, references) if ours else None
+        if verify.binding is Binding.SESSION and not ours:
+            raise SettingError(
+                f"{entry.name}: a client proves its session only to an egress that proves itself",
+                hint="give attest as well, or binding: key",
+            )
+    session = None
+    if trust.attest is not None and ours:
+        session = SessionEgress(
+            trust.attest, padding=entry.padding, journal=journal, agent=agent, judge=client_judge
+        )
+    only_session = verify is not None and verify.binding is Binding.SESSION
+    if agent is not None or only_session:
+        return EgressListener(entry.name, trust, session, None, journal)
     keeper = IdentityKeeper(entry.name, trust.attest, journal, dialect=session is not None)
     stock = StockAcceptor(entry.name, keeper, judge, journal)
     return EgressListener(entry.name, trust, session, stock, journal)

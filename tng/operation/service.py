@@ -13,6 +13,8 @@ from cai.errors import ListenerFailed, SettingError
 from tng.config import modes
 from tng.config.addresses import Endpoint, Rule, TcpUpstream, Upstream
 from tng.config.entries import Config, Egress, Ingress
+from tng.config.transport import RatsTls
+from tng.egress.direct import DirectForward
 from tng.egress.netfilter import CapturedService
 from tng.ingress.direct import DirectPeers
 from tng.ingress.http_proxy import HttpProxy
@@ -26,7 +28,7 @@ from tng.operation.control import Control
 from tng.operation.journal import Journal
 from tng.operation.metered import MeteredBackend, MeteredPeers
 from tng.operation.readiness import Readiness
-from tng.streams import Backend
+from tng.streams import Acceptor, Backend
 
 DRAIN_S = 10.0
 """How long running requests may go on after the gateway was asked to stop, seconds."""
@@ -43,7 +45,7 @@ class Gateway:
     Args:
         config: what to do.
         journal: where its lines go.
-        agent: source of proofs for every egress; by default each entry's own.
+        agent: source of proofs for every entry; by default each entry's own.
 
     Raises:
         SettingError: the configuration asks for something that this gateway does not do.
@@ -67,12 +69,13 @@ class Gateway:
         self._readiness = Readiness(lambda: self._leaving)
         self._peers = {
             entry.name: MeteredPeers(
-                make_peers(entry, journal, lambda: self._own), entry.name, journal
+                make_peers(entry, journal, lambda: self._own, agent), entry.name, journal
             )
             for entry in config.ingress
         }
         self._acceptors = {
-            entry.name: make_acceptor(entry, journal, agent) for entry in config.egress
+            entry.name: _direct(entry, make_acceptor(entry, journal, agent), journal)
+            for entry in config.egress
         }
 
     async def start(self) -> dict[str, list[str]]:
@@ -198,6 +201,8 @@ class Gateway:
             backend = self._backend(entry, rule)
             self._readiness.needs_backend(entry.name, rule.targets)
             serve = functools.partial(acceptor.serve, backend=backend)
+            if isinstance(acceptor, DirectForward):
+                serve = functools.partial(acceptor.serve, backend=backend, targets=rule.targets)
             await self._open(entry.name, rule.listen, serve)
 
     def _backend(self, entry: Egress, rule: Rule) -> Backend:
@@ -257,6 +262,13 @@ class Gateway:
             host, port = bound.getsockname()[:2]
             self._own.append((host.partition("%")[0], port))
             self._listen.setdefault(name, []).append(str(Endpoint(host, port)))
+
+
+def _direct(entry: Egress, acceptor: Acceptor, journal: Journal) -> Acceptor:
+    # OHTTP is plain HTTP outside; its acceptor tells the requests apart itself.
+    if not entry.direct or not isinstance(entry.transport, RatsTls):
+        return acceptor
+    return DirectForward(entry.name, entry.direct, acceptor, journal)
 
 
 def _remote(name: str, targets: tuple[Upstream, ...]) -> tuple[TcpUpstream, ...]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from cai import jcs
-from cai.attest.channel import check_session
+from cai.attest.channel import check_session, ticket_checks
 from cai.attest.rcar import encode_tdx_evidence
 from cai.attest.statement import MAX_STATEMENT, Purpose, report_data
 from cai.attest.verdict import Binding, Verdict, check
 from cai.errors import InputError
 from tng.channel.handshake import Claim
 from tng.config.trust import ServiceVerify
-from tng.peers.judge import max_age
+from tng.peers.judge import proven, ticket_keys
 from tng.stock.service import AppraisalService, TrustedRoots, nvidia_device
 from tng.stock.token import Token, verify_token
 from tng.streams import Proven
@@ -62,6 +62,17 @@ class ServiceJudge:
         checks, _statement = check_session(claim.evidence, claim.leaf, expect=self._settings.expect)
         local = Verdict(subject, checks, binding=Binding.SESSION, unsafe=self.unsafe)
         local.require()
+        local = local.extended(
+            ticket_checks(
+                claim.evidence,
+                claim.leaf,
+                keys=ticket_keys(self._settings.kbs_key),
+                platform="",
+                simulated=False,
+                now=datetime.now(UTC),
+            )
+        )
+        local.require()
         roots = await self._roots.get()
         evidence = claim.evidence.evidence
         text = await self._service.appraise_raw(
@@ -90,5 +101,5 @@ class ServiceJudge:
             more = [check("as.token", passed=False, reason=error.message)]
         verdict = local.extended(more)
         verdict.require()
-        return Proven(verdict, max_age(claim.evidence))
+        return proven(verdict, claim.evidence, asks_ticket=bool(self._settings.kbs_key))
 

@@ -1,15 +1,17 @@
 """``binding: auto``: a session with peers of ours, key binding with peers that know only TNG's.
 
-Both are offered in one handshake and the peer chooses. A guest of ours that does not choose ours is
-refused by its own claim (``channel.downgrade``), so nobody in between can take the offer away
-(decisions §4, Downgrade).
+Both are offered in one handshake and the peer chooses, or in turn where this end proves itself too.
+A guest of ours that does not choose ours is refused by its own claim (``channel.downgrade``), so
+nobody in between can take the offer away (decisions §4, Downgrade).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cai.errors import PeerError, PeerUnreachable
+from OpenSSL import SSL
+
+from cai.errors import PeerError, PeerUnreachable, PeerWithoutEvidence
 from tng.channel.link import dial
 from tng.channel.pipe import TlsPipe
 from tng.channel.tls import ALPN
@@ -97,8 +99,26 @@ class AutoPeers:
 
     async def _dial(self, destination: Destination) -> TlsPipe:
         addresses = await resolve(destination, self._filters, self._own())
-        protocols = (ALPN, *self._stock.protocols)
-        context = client_context(await self._stock.identity(), protocols)
+        identity = await self._stock.identity()
+        if identity is None:
+            both = (ALPN, *self._stock.protocols)
+            return await self._reach(destination, addresses, client_context(None, both), both)
+        # A key that proves one dialect never appears in the other, so they are offered in turn.
+        # Who takes ours away gains nothing: the guest's stock evidence is refused then.
+        try:
+            return await self._reach(destination, addresses, self._session.context, (ALPN,))
+        except PeerWithoutEvidence:
+            stock = self._stock.protocols
+            context = client_context(identity, stock)
+            return await self._reach(destination, addresses, context, stock)
+
+    @staticmethod
+    async def _reach(
+        destination: Destination,
+        addresses: Sequence[str],
+        context: SSL.Context,
+        protocols: Sequence[bytes],
+    ) -> TlsPipe:
         unreachable: PeerError | None = None
         for address in addresses:
             try:

@@ -14,10 +14,11 @@ import httpx
 from cai import jcs
 from cai.attest.channel import MAX_GPU_AGE_S, ChannelEvidence, verify_channel
 from cai.attest.statement import ChannelStatement
+from cai.attest.ticket import Ticket
 from cai.attest.verdict import Verdict
 from cai.errors import PeerError, PeerUnreachable
 from tng.channel.handshake import Claim
-from tng.channel.streams import MAX_SESSION_AGE_S
+from tng.channel.renewal import MAX_DRAIN_S, MAX_SESSION_AGE_S
 from tng.config.trust import BuiltinVerify, ServiceVerify
 from tng.peers.references import References
 from tng.streams import Proven
@@ -42,15 +43,16 @@ class BuiltinJudge:
 
     def __init__(self, settings: BuiltinVerify, references: References) -> None:
         self._expect = settings.expect
+        self._kbs_key = settings.kbs_key
         self._references = references
 
     @property
     def key(self) -> str:
-        """What a verdict of this judge depends on besides the peer: policy and expectation."""
+        """What a verdict depends on besides the peer: policy, expectation, broker's key."""
         expect = self._expect
         members = (expect.launch, expect.service, expect.owner, expect.model_root)
         policy = self._references.policy.digest
-        return jcs.canonical([policy, *members, expect.content_root]).decode()
+        return jcs.canonical([policy, *members, expect.content_root, self._kbs_key]).decode()
 
     @property
     def simulated(self) -> bool:
@@ -70,7 +72,7 @@ class BuiltinJudge:
         """
         verdict = await asyncio.to_thread(self._verify, claim.leaf, claim.evidence, subject)
         verdict.require()
-        return Proven(verdict, max_age(claim.evidence))
+        return proven(verdict, claim.evidence, asks_ticket=bool(self._kbs_key))
 
     def _verify(self, leaf: bytes, evidence: ChannelEvidence, subject: str) -> Verdict:
         verdict, _facts = verify_channel(
@@ -84,6 +86,7 @@ class BuiltinJudge:
             now=datetime.now(UTC),
             rims=self._references.rims,
             ocsp=self._references.ocsp,
+            ticket_keys=ticket_keys(self._kbs_key),
         )
         if self.simulated and "unsafe_simulated_root" not in verdict.unsafe:
             return verdict.extended((), unsafe=("unsafe_simulated_root", *verdict.unsafe))
@@ -118,6 +121,22 @@ async def probe_service(settings: ServiceVerify) -> PeerError | None:
     if status != 200:
         return PeerError(f"{name} answers HTTP {status} to GET {url}", hint=hint)
     return None
+
+
+def ticket_keys(kbs_key: str) -> tuple[bytes, ...]:
+    """The broker's key that ``verify.kbs_key`` names; none asks for no ticket."""
+    return (bytes.fromhex(kbs_key),) if kbs_key else ()
+
+
+def proven(verdict: Verdict, evidence: ChannelEvidence, *, asks_ticket: bool) -> Proven:
+    """What evidence that passed gives: until when, and with which drain (spec-channel §7)."""
+    age = max_age(evidence)
+    if not asks_ticket:
+        return Proven(verdict, age)
+    # Verified before; so it parses.
+    claims = Ticket.parse(evidence.ticket).claims
+    left = (claims.expires - datetime.now(UTC)).total_seconds()
+    return Proven(verdict, max(0.0, min(age, left)), min(MAX_DRAIN_S, float(claims.drain_s)))
 
 
 def max_age(evidence: ChannelEvidence) -> float:

@@ -10,16 +10,21 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Protocol
 
+from OpenSSL import SSL
+
+from cai.attest.agent_client import ChannelAgent
+from cai.attest.channel import Role
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, PeerError, PeerUnreachable, Refused
 from tng.channel.handshake import Claim
 from tng.channel.link import Link, dial
 from tng.channel.pipe import TlsPipe
-from tng.channel.session import demand_proof
+from tng.channel.session import Owes, prove_session
 from tng.channel.streams import Channel, Stream
-from tng.channel.tls import client_context
+from tng.channel.tls import ChannelKey, client_context
 from tng.config.filters import Filter
 from tng.operation.journal import Journal
 from tng.peers.destination import Destination, resolve, server_name
@@ -48,6 +53,17 @@ class PeerState:
     verdict: Verdict | None = None
     error: CaiError | None = None
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def passed(self, proven: Proven) -> None:
+        """Keep what a proof gave."""
+        self.proven, self.verdict = proven, proven.verdict
+        self.error, self.at = None, datetime.now(UTC)
+
+    def failed(self, error: CaiError) -> None:
+        """Keep why there is no proof."""
+        self.error, self.at = error, datetime.now(UTC)
+        if isinstance(error, Refused) and error.verdict is not None:
+            self.verdict = error.verdict
 
     def to_json(self) -> dict[str, object]:
         """The state as the control interface shows it."""
@@ -83,6 +99,7 @@ class SessionPeers:
         padding: whether DATA frames are padded.
         journal: where its lines go.
         own: gives the addresses that this process listens on.
+        agent: proves this end to a peer that demands it; ``None`` proves nothing.
     """
 
     def __init__(
@@ -94,6 +111,7 @@ class SessionPeers:
         padding: bool,
         journal: Journal,
         own: Callable[[], Iterable[tuple[str, int]]],
+        agent: ChannelAgent | None = None,
     ) -> None:
         self._name = name
         self._judge = judge
@@ -101,7 +119,12 @@ class SessionPeers:
         self._padding = padding
         self._journal = journal
         self._own = own
-        self._context = client_context()
+        self._key = ChannelKey() if agent is not None else None
+        self._owes = None
+        if agent is not None and self._key is not None:
+            spki = self._key.spki
+            self._owes = Owes(agent.prove, spki, sha256(spki).digest())
+        self._context = client_context(self._key)
         self._peers: dict[Destination, PeerState] = {}
         self._retired: set[Channel] = set()
 
@@ -109,6 +132,11 @@ class SessionPeers:
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
         return self._judge.unsafe
+
+    @property
+    def context(self) -> SSL.Context:
+        """The TLS context of these sessions."""
+        return self._context
 
     async def open(self, destination: Destination) -> tuple[Stream, Proven]:
         """A stream to a proven peer.
@@ -206,17 +234,14 @@ class SessionPeers:
         self, destination: Destination, state: PeerState, pipe: TlsPipe | None
     ) -> tuple[Channel, Proven]:
         try:
-            channel, proven = await self._dial(destination, pipe)
+            channel, proven = await self._dial(destination, state, pipe)
         except CaiError as error:
-            state.error, state.at = error, datetime.now(UTC)
-            if isinstance(error, Refused) and error.verdict is not None:
-                state.verdict = error.verdict
+            state.failed(error)
             raise
         else:
             if state.channel:
                 self._retire(state.channel)
-            state.channel, state.proven, state.verdict = channel, proven, proven.verdict
-            state.error, state.at = None, datetime.now(UTC)
+            state.channel = channel
             return channel, proven
         finally:
             state.dialling = None
@@ -230,17 +255,30 @@ class SessionPeers:
             channel.leave()
 
     async def _dial(
-        self, destination: Destination, pipe: TlsPipe | None
+        self, destination: Destination, state: PeerState, pipe: TlsPipe | None
     ) -> tuple[Channel, Proven]:
-        judge = self._judge
         link = Link(pipe, padding=self._padding) if pipe else await self._link(destination)
-        subject = f"guest at {destination}"
-        proven = await demand_proof(link, lambda claim: judge.judge(claim, subject))
-        mark = ", SIMULATED" if proven.verdict.simulated else ""
-        self._journal.line(
-            f"{self._name} {destination} proven: {len(proven.verdict.checks)} checks{mark}"
-        )
-        return Channel(link, max_age_s=proven.max_age_s), proven
+        again = ""
+
+        async def judge(claim: Claim) -> Proven:
+            nonlocal again
+            try:
+                proven = await self._judge.judge(claim, f"guest at {destination}")
+            except CaiError as error:
+                state.failed(error)
+                if again:
+                    self._journal.line(f"{self._name} {destination} not{again}: {error.message}")
+                raise
+            state.passed(proven)
+            mark = ", SIMULATED" if proven.verdict.simulated else ""
+            checks = len(proven.verdict.checks)
+            self._journal.line(f"{self._name} {destination} proven{again}: {checks} checks{mark}")
+            again = " again"
+            return proven
+
+        proofs = await prove_session(link, Role.CLIENT, owes=self._owes, judge=judge)
+        assert proofs.proven is not None  # noqa: S101 - the judge has spoken
+        return Channel(link, proofs), proofs.proven
 
     async def _link(self, destination: Destination) -> Link:
         addresses = await resolve(destination, self._filters, self._own())
