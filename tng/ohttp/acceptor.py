@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from hashlib import sha256
+from http import HTTPStatus
 
 import h11
 
@@ -189,7 +190,9 @@ class OhttpAcceptor:
         given = [value for name, value in request.headers if name == API_HEADER]
         client = connection.client
         if request.method == b"OPTIONS" and self._settings.cors is not None and not given:
-            await client.send(h11.Response(status_code=204, headers=list(headers)))
+            await client.send(
+                h11.Response(status_code=204, headers=list(headers), reason=b"No Content")
+            )
             await client.send(h11.EndOfMessage())
             return
         if len(given) != 1:
@@ -381,7 +384,8 @@ async def _send_json(
         (b"cache-control", b"no-store"),
         *extra,
     ]
-    await client.send(h11.Response(status_code=status, headers=headers))
+    reason = HTTPStatus(status).phrase.encode("ascii")
+    await client.send(h11.Response(status_code=status, headers=headers, reason=reason))
     await client.send(h11.Data(data=body))
     await client.send(h11.EndOfMessage())
 

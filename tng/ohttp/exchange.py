@@ -295,7 +295,9 @@ class _Exchange:
             if isinstance(event, ResponseHead):
                 headers = fields.inner(event.fields)
                 await self._client.send(
-                    h11.Response(status_code=event.status, headers=headers)
+                    h11.Response(
+                        status_code=event.status, headers=headers, reason=_phrase(event.status)
+                    )
                 )
             elif isinstance(event, Content):
                 await self._client.send(h11.Data(data=event.data))
@@ -346,6 +348,13 @@ async def _within(coming: Awaitable[_Given]) -> _Given:
             return await coming
     except TimeoutError as error:
         raise PeerError(f"the peer was silent for {SILENCE_S:g} s") from error
+
+
+def _phrase(status: int) -> bytes:
+    try:
+        return HTTPStatus(status).phrase.encode("ascii")
+    except ValueError:
+        return b""
 
 
 def _told(error: CaiError) -> bytes:

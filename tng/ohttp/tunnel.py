@@ -316,7 +316,7 @@ class TunnelStream:
             *fields.outside(listed, self._passed),
         ]
         self._sealer = sealer
-        await self._client.send(h11.Response(status_code=200, headers=headers))
+        await self._client.send(h11.Response(status_code=200, headers=headers, reason=b"OK"))
         await self._client.send(
             h11.Data(data=nonce + sealer.chunk(encode_response(status, listed)))
         )
