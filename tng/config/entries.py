@@ -84,7 +84,8 @@ class Egress:
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
         remote = ("unsafe_remote_upstream",) if self.remote_upstream else ()
-        return (*remote, *self.trust.unsafe)
+        direct = ("direct_forward",) if self.direct else ()
+        return (*remote, *direct, *self.trust.unsafe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tng.config.addresses import Endpoint, Rule, TcpUpstream
 from tng.config.modes import Netfilter
+from tng.egress.direct import DirectForward
 from tng.netfilter.original import demand_captured, is_local, original_destination
 from tng.operation.journal import Journal, endpoint_text
 from tng.peers.destination import DestinationRefused
@@ -55,13 +56,17 @@ class CapturedService:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
         try:
-            backend = self._backend(original_destination(writer))
+            target = original_destination(writer)
+            backend = self._backend(target)
         except DestinationRefused as error:
             client = endpoint_text(writer.get_extra_info("peername"))
             self._journal.line(f"{self._name} {client} refused: {error.message}")
             writer.close()
             return
-        await self._acceptor.serve(reader, writer, backend)
+        if isinstance(self._acceptor, DirectForward):
+            await self._acceptor.serve(reader, writer, backend, targets=(target,))
+        else:
+            await self._acceptor.serve(reader, writer, backend)
 
     def _backend(self, target: TcpUpstream) -> Backend:
         if target in self._backends:

@@ -18,15 +18,13 @@ import h11
 
 from cai.errors import CaiError, PeerError
 from tng.config.modes import HttpProxy as HttpProxySettings
+from tng.ingress.exchange import Exchange
 from tng.ingress.http1 import (
-    MAX_HEAD,
     ClientConnection,
     ClientGone,
     HeadTooLarge,
     SlowRequest,
-    end_to_end,
     parse_target,
-    told,
 )
 from tng.operation.accesslog import Access
 from tng.operation.journal import Journal, endpoint_text
@@ -42,10 +40,6 @@ from tng.streams import ByteStream, Code, Peers, Proven, StreamReset
 
 MAX_CLIENTS = 1024
 """Most client connections of one proxy at once."""
-
-RESPONSE_TIMEOUT_S = 3600.0
-"""Longest pause before and inside a response, seconds; a model may think for long, and a stream
-may be idle for half an hour and more."""
 
 ATTESTED_HEADER = b"cai-attested"
 """Response header that says how the peer was proven; never taken from the peer."""
@@ -131,7 +125,12 @@ class HttpProxy:
                 received, sent = await self._tunnel(client, stream, proven, reader, writer)
                 access = replace(access, status="tunnel done", sent=sent, received=received)
             else:
-                exchange = _Exchange(client, stream, proven, destination)
+                exchange = Exchange(
+                    client,
+                    stream,
+                    host=str(destination).encode("ascii"),
+                    mark=(ATTESTED_HEADER, _attested(proven)),
+                )
                 access = replace(access, status=await exchange.run(request, path))
         except ClientGone:
             self._log(replace(access, status="client left"), started)
@@ -197,104 +196,6 @@ class HttpProxy:
     def _log(self, access: Access, started: float) -> None:
         elapsed = int(1000 * (time.monotonic() - started))
         self._journal.access(replace(access, elapsed_ms=elapsed))
-
-
-class _Exchange:
-    """One plain request and its response over a stream."""
-
-    def __init__(
-        self, client: ClientConnection, stream: ByteStream, proven: Proven, destination: Destination
-    ) -> None:
-        self._client = client
-        self._stream = stream
-        self._proven = proven
-        self._destination = destination
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-
-    async def run(self, request: h11.Request, path: bytes) -> int:
-        """Send the request, pass the response on; its status.
-
-        Raises:
-            PeerError: the peer gives no whole response.
-            ClientGone: the client left.
-            BadRequest, SlowRequest: the client's body is malformed or stalls.
-        """
-        upload = asyncio.create_task(self._upload(request, path))
-        download = asyncio.create_task(self._download())
-        try:
-            await asyncio.wait({upload, download}, return_when=asyncio.FIRST_COMPLETED)
-            if upload.done() and not download.done() and (error := upload.exception()):
-                # A peer may answer early and stop reading; then its answer counts.
-                if not isinstance(error, StreamReset):
-                    raise error
-                await asyncio.wait({download})
-            return await download
-        finally:
-            for task in (upload, download):
-                task.cancel()
-            await asyncio.gather(upload, download, return_exceptions=True)
-
-    async def _upload(self, request: h11.Request, path: bytes) -> None:
-        headers = [
-            (b"host", str(self._destination).encode("ascii")),
-            *((name, value) for name, value in end_to_end(request.headers) if name != b"host"),
-            # One stream is one upstream connection; the end of either is the end of both.
-            (b"connection", b"close"),
-        ]
-        await self._send(h11.Request(method=request.method, target=path, headers=headers))
-        async for event in self._client.body():
-            await self._send(event)
-        await self._client.until_gone()
-
-    async def _send(self, event: h11.Event) -> None:
-        try:
-            data = self._http.send(event)
-        except h11.LocalProtocolError as error:
-            raise BadRequest(f"the request cannot be sent on: {told(error)}") from error
-        if data:
-            await self._stream.write(data)
-
-    async def _download(self) -> int:
-        status = 0
-        while True:
-            event = await self._event()
-            if isinstance(event, h11.InformationalResponse):
-                if event.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-                    raise PeerError("the upstream switched protocols without being asked")
-                await self._client.send(event)
-            elif isinstance(event, h11.Response):
-                status = event.status_code
-                await self._client.send(self._marked(event))
-            elif isinstance(event, (h11.Data, h11.EndOfMessage)):
-                await self._client.send(event)
-                if isinstance(event, h11.EndOfMessage):
-                    return status
-            else:
-                raise PeerError("the upstream closed without a response")
-
-    async def _event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                async with asyncio.timeout(RESPONSE_TIMEOUT_S):
-                    self._http.receive_data(await self._stream.read())
-        except h11.RemoteProtocolError as error:
-            raise PeerError(f"the upstream's answer is no HTTP response: {told(error)}") from error
-        except TimeoutError as error:
-            raise PeerError(
-                f"the upstream was silent for {RESPONSE_TIMEOUT_S:g} s"
-            ) from error
-        return event
-
-    def _marked(self, response: h11.Response) -> h11.Response:
-        try:
-            kept = end_to_end(response.headers)
-        except BadRequest as error:
-            raise PeerError(f"the upstream's response: {error.message}") from error
-        headers = [(name, value) for name, value in kept if name != ATTESTED_HEADER]
-        headers.append((ATTESTED_HEADER, _attested(self._proven)))
-        return h11.Response(
-            status_code=response.status_code, headers=headers, reason=response.reason
-        )
 
 
 def _attested(proven: Proven) -> bytes:

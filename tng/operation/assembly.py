@@ -15,6 +15,9 @@ from tng.egress.listener import EgressListener
 from tng.egress.raw import RawBackend
 from tng.egress.sessions import SessionEgress
 from tng.ohttp.assembly import make_ohttp_acceptor, make_ohttp_peers
+from tng.egress.upstreams import Probe, Upstreams
+from tng.guard.backend import GuardBackend
+from tng.guard.desk import BootKeys, Desk
 from tng.operation.journal import Journal
 from tng.peers.appraised import ServiceJudge
 from tng.peers.auto import AutoPeers
@@ -143,11 +146,20 @@ def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -
     return EgressListener(entry.name, trust, session, stock, journal)
 
 
-def make_backend(entry: Egress, rule: Rule, journal: Journal) -> Backend:
-    """Where the streams of one listening port end."""
-    if len(rule.targets) > 1:
-        raise _not_yet(entry.name, "several targets")
-    return RawBackend(rule.targets[0], journal, entry.unsafe)
+def make_desk(entry: Egress, keys: BootKeys) -> Desk | None:
+    """What decides over the requests of an egress; ``None`` where it relays bytes as they are."""
+    return Desk(entry.guard, keys) if entry.guard else None
+
+
+def make_backend(entry: Egress, rule: Rule, journal: Journal, desk: Desk | None) -> Backend:
+    """Where the streams of one listening port end (inside a running loop)."""
+    if desk is None:
+        return RawBackend(Upstreams(entry.name, rule.targets, journal), journal, entry.unsafe)
+    guard = desk.guard
+    probe = Probe(guard.health_path, guard.health_interval_s) if guard.health_path else None
+    upstreams = Upstreams(entry.name, rule.targets, journal, probe=probe)
+    upstreams.start()
+    return GuardBackend(entry.name, desk, upstreams, journal, entry.unsafe)
 
 
 def _not_yet(name: str, what: str) -> SettingError:
