@@ -97,11 +97,13 @@ class Caller:
         name: for the log, e.g. ``egress[0] 192.0.2.7:40312``.
         session: random or derived id of the attested session, hex; stable while it lives.
         client_key: SHA-256 of the client's proven channel key, hex; empty when it proved nothing.
+        statement: the guest's channel statement of that session; empty where it gave none.
     """
 
     name: str
     session: str
     client_key: str = ""
+    statement: bytes = b""
 
 
 class Peers(Protocol):
@@ -157,5 +159,15 @@ class Backend(Protocol):
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether its service is believed to live."""
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+
     def leave(self) -> None:
         """Take no further request."""
+
+    async def close(self) -> None:
+        """End what runs in the background."""

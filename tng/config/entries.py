@@ -14,6 +14,7 @@ from typing import Any
 from cai.errors import SettingError
 from cai.settings import Section
 from tng.config.addresses import TcpUpstream, is_loopback
+from tng.config.guard import Guard, parse_guard
 from tng.config.modes import (
     EgressMode,
     HttpProxy,
@@ -70,6 +71,7 @@ class Egress:
         padding: whether streamed frames are padded.
         direct: paths of plain HTTP requests that are let through unprotected.
         remote_upstream: whether the backend may be elsewhere (``unsafe_remote_upstream``).
+        guard: what may reach the backend; ``None`` relays bytes as they are.
     """
 
     name: str
@@ -79,13 +81,15 @@ class Egress:
     padding: bool = True
     direct: tuple[re.Pattern[str], ...] = ()
     remote_upstream: bool = False
+    guard: Guard | None = None
 
     @property
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
         remote = ("unsafe_remote_upstream",) if self.remote_upstream else ()
         direct = ("direct_forward",) if self.direct else ()
-        return (*remote, *direct, *self.trust.unsafe)
+        guard = self.guard.unsafe if self.guard else ()
+        return (*remote, *direct, *guard, *self.trust.unsafe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +173,13 @@ def _egress(entry: Section, index: int, notes: Notes) -> Egress:
     direct = _direct(entry, notes)
     remote = entry.flag("unsafe_remote_upstream", default=False)
     padding = _padding(entry)
+    guard = parse_guard(entry.section("guard"), notes)
     entry.finish()
     if isinstance(mode, Mapping) and not remote:
         _demand_local(mode, entry.where, notes)
-    return Egress(f"egress[{index}]", mode, transport, trust, padding, direct, remote)
+    return Egress(
+        f"egress[{index}]", mode, transport, trust, padding, direct, remote, guard
+    )
 
 
 def _demand_local(mode: Mapping, where: str, notes: Notes) -> None:

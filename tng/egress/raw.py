@@ -1,31 +1,27 @@
-"""The plain backend: each stream is one connection to the upstream, bytes as they are."""
+"""The plain backend: each stream is one connection to an upstream, bytes as they are."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 from cai.errors import FormatError, PeerError, PeerUnreachable
-from tng.config.addresses import TcpUpstream, Upstream
+from tng.egress.upstreams import Upstreams
 from tng.operation.journal import Journal
 from tng.relay import relay
 from tng.streams import ByteStream, Caller, Code
 
-UPSTREAM_TIMEOUT_S = 5.0
-"""Longest wait for the upstream to accept a connection, seconds."""
-
 
 class RawBackend:
-    """Relays to one fixed upstream, which a client cannot choose.
+    """Relays to fixed upstreams, which a client cannot choose.
 
     Args:
-        upstream: of this guest.
+        upstreams: of this guest.
         journal: where its lines go.
         unsafe: the ``unsafe_…`` settings of the entry.
     """
 
-    def __init__(self, upstream: Upstream, journal: Journal, unsafe: tuple[str, ...]) -> None:
-        self._upstream = upstream
+    def __init__(self, upstreams: Upstreams, journal: Journal, unsafe: tuple[str, ...]) -> None:
+        self._upstreams = upstreams
         self._journal = journal
         self._unsafe = unsafe
 
@@ -34,13 +30,26 @@ class RawBackend:
         """The ``unsafe_…`` settings in force."""
         return self._unsafe
 
+    @property
+    def ready(self) -> bool:
+        """Whether an upstream is believed to live."""
+        return self._upstreams.ready
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+        return {"upstreams": self._upstreams.status()}
+
     def leave(self) -> None:
         """Take no further request: the sessions see to that."""
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        await self._upstreams.close()
 
     async def carry(self, stream: ByteStream, caller: Caller) -> None:
         """Serve one stream to its end."""
         try:
-            reader, writer = await connect_upstream(self._upstream)
+            lease = await self._upstreams.connect()
         except PeerUnreachable as error:
             # The client learns that there is none, not where it would have been.
             stream.reset(Code.UPSTREAM, "the upstream of this egress does not answer")
@@ -48,28 +57,11 @@ class RawBackend:
             return
         try:
             await stream.accept()
-            sent, received = await relay(stream, reader, writer)
+            sent, received = await relay(stream, lease.reader, lease.writer)
             self._journal.line(f"{caller.name} done, {sent} B in, {received} B out")
         except (PeerError, FormatError) as error:
             self._journal.line(f"{caller.name} ended: {error.message}")
         finally:
-            writer.close()
+            lease.close()
             with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-
-async def connect_upstream(
-    upstream: Upstream,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the upstream.
-
-    Raises:
-        PeerUnreachable: it does not accept a connection in time.
-    """
-    try:
-        async with asyncio.timeout(UPSTREAM_TIMEOUT_S):
-            if isinstance(upstream, TcpUpstream):
-                return await asyncio.open_connection(upstream.host, upstream.port)
-            return await asyncio.open_unix_connection(str(upstream.path))
-    except (OSError, TimeoutError) as error:
-        raise PeerUnreachable(f"upstream {upstream} does not answer: {error}") from error
+                await lease.writer.wait_closed()

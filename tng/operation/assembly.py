@@ -14,10 +14,10 @@ from tng.config.trust import Binding, BuiltinVerify, ServiceVerify, Verify
 from tng.egress.listener import EgressListener
 from tng.egress.raw import RawBackend
 from tng.egress.sessions import SessionEgress
-from tng.ohttp.assembly import make_ohttp_acceptor, make_ohttp_peers
 from tng.egress.upstreams import Probe, Upstreams
 from tng.guard.backend import GuardBackend
 from tng.guard.desk import BootKeys, Desk
+from tng.ohttp.assembly import make_ohttp_acceptor, make_ohttp_peers
 from tng.operation.journal import Journal
 from tng.peers.appraised import ServiceJudge
 from tng.peers.auto import AutoPeers

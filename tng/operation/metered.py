@@ -162,6 +162,19 @@ class MeteredBackend:
         """The ``unsafe_…`` settings in force."""
         return self._backend.unsafe
 
+    @property
+    def ready(self) -> bool:
+        """Whether its service is believed to live."""
+        return self._backend.ready
+
+    def status(self) -> dict[str, object]:
+        """What the control interface shows."""
+        return self._backend.status()
+
     def leave(self) -> None:
         """Take no further request."""
         self._backend.leave()
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        await self._backend.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from cai.errors import CaiError, PeerUnreachable
 from tng.config.addresses import Upstream
-from tng.egress.raw import connect_upstream
+from tng.egress.upstreams import connect_upstream
 
 BACKEND_KEPT_S = 5.0
 """How long it is believed that a backend answers, or that it does not, seconds."""

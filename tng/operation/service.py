@@ -16,6 +16,8 @@ from tng.config.entries import Config, Egress, Ingress
 from tng.config.transport import RatsTls
 from tng.egress.direct import DirectForward
 from tng.egress.netfilter import CapturedService
+from tng.guard.addresses import AddressRefused, may_connect
+from tng.guard.desk import BootKeys
 from tng.ingress.direct import DirectPeers
 from tng.ingress.http_proxy import HttpProxy
 from tng.ingress.mapping import PortMapping
@@ -23,9 +25,9 @@ from tng.ingress.netfilter import CapturedConnections
 from tng.ingress.socks5 import SocksProxy
 from tng.netfilter.capture import Captures
 from tng.netfilter.marks import mark_connections
-from tng.operation.assembly import make_acceptor, make_backend, make_peers
+from tng.operation.assembly import make_acceptor, make_backend, make_desk, make_peers
 from tng.operation.control import Control
-from tng.operation.journal import Journal
+from tng.operation.journal import Journal, endpoint_text
 from tng.operation.metered import MeteredBackend, MeteredPeers
 from tng.operation.readiness import Readiness
 from tng.streams import Acceptor, Backend
@@ -77,6 +79,9 @@ class Gateway:
             entry.name: _direct(entry, make_acceptor(entry, journal, agent), journal)
             for entry in config.egress
         }
+        keys = BootKeys()
+        self._desks = {entry.name: make_desk(entry, keys) for entry in config.egress}
+        self._backends: list[tuple[str, Backend]] = []
 
     async def start(self) -> dict[str, list[str]]:
         """Open every listener; the real addresses by entry name.
@@ -123,6 +128,9 @@ class Gateway:
                 entry.name: {
                     "mode": type(entry.mode).__name__.lower(),
                     **self._acceptors[entry.name].status(),
+                    "backends": [
+                        backend.status() for name, backend in self._backends if name == entry.name
+                    ],
                     "unsafe": list(entry.unsafe),
                 }
                 for entry in self._config.egress
@@ -130,7 +138,7 @@ class Gateway:
         }
 
     async def drain(self) -> None:
-        """Stop taking work, let what runs end within ``DRAIN_S``, then close."""
+        """Stop taking work, let what runs end within its time, then close."""
         self._leaving = True
         for server in self._servers:
             server.close()
@@ -138,10 +146,13 @@ class Gateway:
             proxy.leave()
         for acceptor in self._acceptors.values():
             acceptor.leave()
+        for _name, backend in self._backends:
+            backend.leave()
         for peers in self._peers.values():
             peers.leave()
         if self._connections:
-            await asyncio.wait(set(self._connections), timeout=DRAIN_S)
+            guards = [entry.guard.drain_s for entry in self._config.egress if entry.guard]
+            await asyncio.wait(set(self._connections), timeout=max([DRAIN_S, *guards]))
         await self.close()
 
     async def close(self) -> None:
@@ -157,6 +168,8 @@ class Gateway:
             await peers.close()
         for acceptor in self._acceptors.values():
             await acceptor.close()
+        for _name, backend in self._backends:
+            await backend.close()
 
     async def _start_ingress(self, entry: Ingress) -> None:
         peers = self._peers[entry.name]
@@ -193,7 +206,9 @@ class Gateway:
                 remote=entry.remote_upstream,
                 journal=self._journal,
             )
-            await self._open_captured(entry.name, entry.mode, service.serve)
+            await self._open_captured(
+                entry.name, entry.mode, self._admitted(entry, service.serve)
+            )
             return
         if not isinstance(entry.mode, modes.Mapping):
             raise SettingError(f"{entry.name}: this mode is not in this version")
@@ -203,10 +218,29 @@ class Gateway:
             serve = functools.partial(acceptor.serve, backend=backend)
             if isinstance(acceptor, DirectForward):
                 serve = functools.partial(acceptor.serve, backend=backend, targets=rule.targets)
-            await self._open(entry.name, rule.listen, serve)
+            await self._open(entry.name, rule.listen, self._admitted(entry, serve))
+
+    def _admitted(self, entry: Egress, serve: Serve) -> Serve:
+        """Connections from addresses that the guard takes; the others cost no handshake."""
+        guard = entry.guard
+        if guard is None or not (guard.allow or guard.deny):
+            return serve
+
+        async def admitted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = writer.get_extra_info("peername")
+            if may_connect(guard, peer):
+                await serve(reader, writer)
+                return
+            error = AddressRefused(f"{endpoint_text(peer)} may not connect")
+            self._journal.refused(entry.name, error)
+            self._journal.line(f"{entry.name} refused: {error.message}")
+            writer.transport.abort()
+
+        return admitted
 
     def _backend(self, entry: Egress, rule: Rule) -> Backend:
-        made = make_backend(entry, rule, self._journal)
+        made = make_backend(entry, rule, self._journal, self._desks[entry.name])
+        self._backends.append((entry.name, made))
         return MeteredBackend(made, entry.name, self._journal)
 
     async def _open_captured(self, name: str, mode: modes.Netfilter, serve: Serve) -> None:
