@@ -7,8 +7,10 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from tng.cli import config
+from tng.cli import config, netfilter
+from tng.cli.exec import run_command
 from tng.cli.launch import launch
+from tng.cli.status import status
 
 app = typer.Typer(
     name="tng",
@@ -17,7 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(launch)
+app.command("exec", context_settings={"allow_interspersed_args": False})(run_command)
+app.command()(status)
 app.add_typer(config.app, name="config")
+app.add_typer(netfilter.app, name="netfilter")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from tng.guard.backend import GuardBackend
 from tng.guard.desk import BootKeys, Desk
 from tng.ohttp.assembly import make_ohttp_acceptor, make_ohttp_peers
 from tng.operation.journal import Journal
+from tng.operation.timed import TimedAgent, TimedJudge
 from tng.peers.appraised import ServiceJudge
 from tng.peers.auto import AutoPeers
 from tng.peers.judge import BuiltinJudge
@@ -73,12 +74,14 @@ def make_peers(
         return stock
     session = SessionPeers(
         entry.name,
-        _session_judge(verify, references),
+        TimedJudge(_session_judge(verify, references), entry.name, journal.meters),
         filters=filters,
         padding=entry.padding,
         journal=journal,
         own=own,
-        agent=(agent or ChannelAgent(attest.socket)) if attest else None,
+        agent=TimedAgent(agent or ChannelAgent(attest.socket), entry.name, journal.meters)
+        if attest
+        else None,
     )
     if verify.binding is Binding.SESSION:
         return session
@@ -127,7 +130,10 @@ def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -
     if verify is not None:
         references = References.load(verify) if isinstance(verify, BuiltinVerify) else None
         judge = CertificateJudge(verify, references)
-        client_judge = _session_judge(verify, references) if ours else None
+        if ours:
+            client_judge = TimedJudge(
+                _session_judge(verify, references), entry.name, journal.meters
+            )
         if verify.binding is Binding.SESSION and not ours:
             raise SettingError(
                 f"{entry.name}: a client proves its session only to an egress that proves itself",
@@ -136,7 +142,13 @@ def make_acceptor(entry: Egress, journal: Journal, agent: ChannelAgent | None) -
     session = None
     if trust.attest is not None and ours:
         session = SessionEgress(
-            trust.attest, padding=entry.padding, journal=journal, agent=agent, judge=client_judge
+            trust.attest,
+            padding=entry.padding,
+            journal=journal,
+            agent=TimedAgent(
+                agent or ChannelAgent(trust.attest.socket), entry.name, journal.meters
+            ),
+            judge=client_judge,
         )
     only_session = verify is not None and verify.binding is Binding.SESSION
     if agent is not None or only_session:

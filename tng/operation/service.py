@@ -30,6 +30,7 @@ from tng.operation.control import Control
 from tng.operation.journal import Journal, endpoint_text
 from tng.operation.metered import MeteredBackend, MeteredPeers
 from tng.operation.readiness import Readiness
+from tng.operation.timed import demand_fresh, demand_proof_of
 from tng.streams import Acceptor, Backend
 
 DRAIN_S = 10.0
@@ -69,6 +70,14 @@ class Gateway:
         self._captures = Captures(config, journal)
         self._captured: dict[str, int] = {}
         self._readiness = Readiness(lambda: self._leaving)
+        for entry in (*config.ingress, *config.egress):
+            if entry.trust.attest is not None:
+                probe = (
+                    functools.partial(demand_fresh, agent)
+                    if agent is not None
+                    else functools.partial(demand_proof_of, entry.trust.attest.socket)
+                )
+                self._readiness.needs_evidence(f"{entry.name} evidence", probe)
         self._peers = {
             entry.name: MeteredPeers(
                 make_peers(entry, journal, lambda: self._own, agent), entry.name, journal
@@ -100,7 +109,7 @@ class Gateway:
                 await self._start_egress(egress)
             where = self._config.telemetry.control
             if where:
-                control = Control(self._readiness.missing, self.status, self._journal.meters)
+                control = Control(self.missing, self.status, self._journal.meters)
                 await self._open("control_interface", where, control.serve, counted=False)
             if self._captures:
                 await self._captures.capture(self._captured)
@@ -136,6 +145,10 @@ class Gateway:
                 for entry in self._config.egress
             },
         }
+
+    async def missing(self) -> tuple[str, ...]:
+        """What keeps it from serving; empty when it is ready."""
+        return await self._readiness.missing()
 
     async def drain(self) -> None:
         """Stop taking work, let what runs end within its time, then close."""
