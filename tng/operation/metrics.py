@@ -113,10 +113,13 @@ class Numbers(Family):
 
     def series(self) -> Iterator[tuple[Labels, float]]:
         """Every series."""
-        yield from self._series.items()
+        found = dict(self._series)
         for source in self._sources:
             for values, number in list(source())[:MAX_SERIES]:
-                yield tuple(_clean(value) for value in values), number
+                key = tuple(_clean(value) for value in values)
+                # Two sources of one series: the larger one, as the older age is the one to watch.
+                found[key] = max(number, found.get(key, number))
+        yield from found.items()
 
 
 class Histogram(Family):

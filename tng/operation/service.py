@@ -70,7 +70,8 @@ class Gateway:
         self._captures = Captures(config, journal)
         self._captured: dict[str, int] = {}
         self._readiness = Readiness(lambda: self._leaving)
-        for entry in (*config.ingress, *config.egress):
+        entries: tuple[Ingress | Egress, ...] = (*config.ingress, *config.egress)
+        for entry in entries:
             if entry.trust.attest is not None:
                 probe = (
                     functools.partial(demand_fresh, agent)

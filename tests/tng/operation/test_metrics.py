@@ -71,3 +71,6 @@ def test_a_source_is_asked_when_somebody_looks() -> None:
     family.source(lambda: [(("e",), ages[0])])
     ages[0] = 9.0
     assert family.value("e") == 9.0
+    family.source(lambda: [(("e",), 20.0)])
+    family.source(lambda: [(("e",), 3.0)])
+    assert list(family.series()) == [(("e",), 20.0)]
