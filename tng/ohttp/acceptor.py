@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from hashlib import sha256
@@ -19,6 +20,7 @@ from cai import jcs
 from cai.errors import CaiError, FormatError, InputError, LimitExceeded, Tampered
 from tng.config.transport import Cors, OhttpServer
 from tng.config.trust import Attest, ServiceVerify
+from tng.egress.direct import demand_direct
 from tng.ingress.http1 import ClientConnection, ClientGone
 from tng.ohttp.attester import KeyAttester
 from tng.ohttp.chunked import HEADER_SIZE, Header, RequestReceiver
@@ -39,7 +41,8 @@ from tng.ohttp.messages import (
     Metadata,
     parse_evidence,
 )
-from tng.ohttp.tunnel import OuterBody, TunnelStream
+from tng.ohttp.request import OuterBody, RequestStream
+from tng.ohttp.tunnel import ClearStream, TunnelStream
 from tng.operation.journal import Journal, endpoint_text
 from tng.streams import Backend, Caller, Code, StreamReset
 
@@ -82,6 +85,7 @@ class OhttpAcceptor:
         attest: how it proves itself; ``None`` when it does not.
         verify: how it checks clients; ``None`` takes every one.
         journal: where its lines go.
+        direct: paths of plain requests that are let through unprotected.
 
     Raises:
         CaiError: the key file cannot be read.
@@ -94,8 +98,10 @@ class OhttpAcceptor:
         attest: Attest | None,
         verify: ServiceVerify | None,
         journal: Journal,
+        direct: Sequence[re.Pattern[str]] = (),
     ) -> None:
         self._name = name
+        self._direct = tuple(direct)
         self._settings = settings
         self._journal = journal
         self._ring = KeyRing(settings.key, journal, name)
@@ -195,6 +201,9 @@ class OhttpAcceptor:
             )
             await client.send(h11.EndOfMessage())
             return
+        if not given and self._direct:
+            await self._clear(connection, request, body)
+            return
         if len(given) != 1:
             raise OuterError(403, "RejectNonTngRequest", "not a request of a TNG client")
         wanted = b"GET" if given[0] == API_CHALLENGE else b"POST"
@@ -254,6 +263,23 @@ class OhttpAcceptor:
             headers=headers,
             passed=self._settings.passthrough.response,
         )
+        await self._carry(connection, stream, caller)
+
+    async def _clear(
+        self, connection: _Connection, request: h11.Request, body: OuterBody
+    ) -> None:
+        try:
+            demand_direct(request, self._direct)
+        except CaiError as error:
+            raise OuterError(403, "RejectNonTngRequest", error.message) from error
+        address = connection.address if self._settings.forward_client_ip else ""
+        stream = ClearStream(connection.client, request, body, address=address)
+        caller = Caller(f"{connection.peer} in clear", connection.session)
+        await self._carry(connection, stream, caller)
+
+    async def _carry(
+        self, connection: _Connection, stream: RequestStream, caller: Caller
+    ) -> None:
         self._streams += 1
         try:
             await _carried(stream, connection.backend, caller)
@@ -296,7 +322,7 @@ class OhttpAcceptor:
             f"{connection.peer} request {number}", session or connection.session, attested
         )
 
-    async def _unfinished(self, connection: _Connection, stream: TunnelStream) -> None:
+    async def _unfinished(self, connection: _Connection, stream: RequestStream) -> None:
         fault = stream.fault
         if isinstance(fault, ClientGone):
             raise fault
@@ -340,7 +366,7 @@ _API_FAILED = {
 }  # fmt: skip
 
 
-async def _carried(stream: TunnelStream, backend: Backend, caller: Caller) -> None:
+async def _carried(stream: RequestStream, backend: Backend, caller: Caller) -> None:
     """Let the backend serve a request; it may not outlive the response for long."""
     carrying = asyncio.ensure_future(backend.carry(stream, caller))
     over = asyncio.ensure_future(stream.wait_finished())

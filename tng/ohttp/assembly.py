@@ -59,4 +59,6 @@ def make_ohttp_acceptor(entry: Egress, journal: Journal) -> OhttpAcceptor:
                 "service",
                 hint="give verify.as_addr, or use the default transport",
             )
-    return OhttpAcceptor(entry.name, settings, entry.trust.attest, verify, journal)
+    return OhttpAcceptor(
+        entry.name, settings, entry.trust.attest, verify, journal, entry.direct
+    )

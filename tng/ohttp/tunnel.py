@@ -1,20 +1,13 @@
-"""One decapsulated request at an egress, as the byte stream that a backend serves.
-
-The backend reads HTTP/1.1 that was written anew here, and writes HTTP/1.1 that is read here: the
-framing of neither end reaches the other (request smuggling). Each part of a response is sealed and
-sent on as it comes, so that streamed tokens are not held back.
-"""
+"""How a request and its response travel at an egress: encapsulated, or in clear where it is let."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import h11
 
-from cai.errors import CaiError, FormatError, PeerError
-from tng.ingress.http1 import MAX_HEAD, ClientConnection, ClientGone, told
+from cai.errors import FormatError
+from tng.ingress.http1 import ClientConnection
 from tng.ohttp import fields
 from tng.ohttp.bhttp import (
     Content,
@@ -28,62 +21,11 @@ from tng.ohttp.bhttp import (
 )
 from tng.ohttp.chunked import RequestReceiver, Sealer
 from tng.ohttp.messages import RESPONSE_TYPE
-from tng.streams import Code, StreamReset
-
-_WITH_BODY = frozenset({b"POST", b"PUT", b"PATCH"})
+from tng.ohttp.request import OuterBody, RequestStream
 
 
-class OuterBody:
-    """The body of an outer request, read in pieces of any size.
-
-    Args:
-        client: whose request it is.
-    """
-
-    def __init__(self, client: ClientConnection) -> None:
-        self._events = client.body()
-        self._buffer = bytearray()
-        self.ended = False
-
-    async def exactly(self, size: int) -> bytes:
-        """So many bytes.
-
-        Raises:
-            FormatError: the body is shorter.
-            CaiError: the client stalls, leaves or breaks HTTP.
-        """
-        while len(self._buffer) < size:
-            data = await self._more()
-            if not data and self.ended:
-                raise FormatError("the encapsulated request is cut off")
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return data
-
-    async def some(self) -> bytes:
-        """What is there next; empty at the end.
-
-        Raises:
-            CaiError: the client stalls, leaves or breaks HTTP.
-        """
-        while not self._buffer and not self.ended:
-            await self._more()
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        return data
-
-    async def _more(self) -> bytes:
-        async for event in self._events:
-            if isinstance(event, h11.EndOfMessage):
-                break
-            self._buffer += event.data
-            return bytes(event.data)
-        self.ended = True
-        return b""
-
-
-class TunnelStream:
-    """One request and its response.
+class TunnelStream(RequestStream):
+    """An encapsulated request.
 
     Args:
         client: the outer connection.
@@ -106,100 +48,14 @@ class TunnelStream:
         headers: Sequence[fields.Field],
         passed: Sequence[str] | None,
     ) -> None:
-        self._client = client
+        super().__init__(client, address=address, outer=outer)
         self._body = body
         self._receiver = receiver
-        self._address = address
-        self._outer = tuple(outer)
         self._headers = headers
         self._passed = passed
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        self._events = self._opened_events()
-        self._asked = False
         self._sealer: Sealer | None = None
-        self._finished = asyncio.Event()
-        self.status = 0
-        self.fault: CaiError | None = None
-        self.given_up = False
 
-    @property
-    def finished(self) -> bool:
-        """Whether the whole response is out."""
-        return self._finished.is_set()
-
-    async def wait_finished(self) -> None:
-        """Wait until the whole response is out."""
-        await self._finished.wait()
-
-    async def opened(self) -> None:
-        """Nothing to wait for: this end is the far one."""
-
-    async def accept(self) -> None:
-        """Nothing to tell: the response will."""
-
-    async def read(self) -> bytes:
-        """The request as HTTP/1.1; once it is whole, waits for the response's end.
-
-        Raises:
-            StreamReset: it is malformed, tampered with, or its client left; ``fault`` says what.
-        """
-        try:
-            while not self._asked:
-                data = await self._request()
-                if data:
-                    return data
-            await self._until_over()
-        except CaiError as error:
-            self.fault = self.fault or error
-            gone = isinstance(error, ClientGone)
-            raise StreamReset(
-                Code.CANCELLED if gone else Code.PROTOCOL, error.message
-            ) from error
-        return b""
-
-    async def write(self, data: bytes) -> None:
-        """The backend's response.
-
-        Raises:
-            PeerError: it is no HTTP response, or the client left.
-        """
-        if not self.finished:
-            await self._response(data)
-
-    async def finish(self) -> None:
-        """The backend has no more."""
-        if not self.finished and self._asked_anything:
-            await self._response(b"")
-
-    def reset(self, code: Code = Code.CANCELLED, text: str = "") -> None:
-        """The backend gives up."""
-        if not self.finished:
-            self.given_up = True
-            self.fault = self.fault or StreamReset(code, text)
-
-    async def refuse(self, status: int, error: CaiError) -> None:
-        """Answer inside, where nobody between can change it.
-
-        Raises:
-            ClientGone: the client takes nothing any more.
-        """
-        body = json.dumps({"error": error.to_json()}, ensure_ascii=False).encode() + b"\n"
-        length = str(len(body)).encode("ascii")
-        told_fields = [(b"content-type", b"application/json"), (b"content-length", length)]
-        await self._begin(status, told_fields)
-        await self._send(encode_content(body))
-        await self._end()
-
-    @property
-    def started(self) -> bool:
-        """Whether part of a response is out."""
-        return self._sealer is not None
-
-    @property
-    def _asked_anything(self) -> bool:
-        return self._http.our_state is not h11.IDLE
-
-    async def _opened_events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[Event]:
         """What is inside; the end only once the last chunk has proven that nothing is missing."""
         reader, opener = MessageReader(request=True), self._receiver.opener
         while data := await self._body.some():
@@ -214,98 +70,8 @@ class TunnelStream:
             raise FormatError("binary HTTP: the message is cut off")
         yield End()
 
-    async def _request(self) -> bytes:
-        event = await anext(self._events)
-        if isinstance(event, RequestHead):
-            # What follows says how the body is framed; a request without one is sent when it is
-            # known to be whole.
-            following = await anext(self._events)
-            return self._head(event, following) + self._content(following)
-        return self._content(event)
-
-    def _head(self, head: RequestHead, following: Event) -> bytes:
-        listed = fields.inner(head.fields)
-        names = {name for name, _value in listed}
-        if b"host" not in names:
-            raise FormatError("the request names no host")
-        listed = fields.forwarded(listed, self._outer, self._address)
-        if b"content-length" not in names:
-            if isinstance(following, Content):
-                listed.append((b"transfer-encoding", b"chunked"))
-            elif head.method in _WITH_BODY:
-                listed.append((b"content-length", b"0"))
-        listed.append((b"connection", b"close"))
-        return self._written(
-            lambda: h11.Request(method=head.method, target=head.path, headers=listed)
-        )
-
-    def _content(self, event: Event) -> bytes:
-        if isinstance(event, Content):
-            return self._written(lambda: h11.Data(data=event.data))
-        if isinstance(event, End):
-            self._asked = True
-            return self._written(h11.EndOfMessage)
-        raise FormatError("binary HTTP: a second head")
-
-    def _written(self, make: Callable[[], h11.Event]) -> bytes:
-        try:
-            return self._http.send(make()) or b""
-        except h11.LocalProtocolError as error:
-            raise FormatError(f"the request cannot be sent on: {told(error)}") from error
-
-    async def _until_over(self) -> None:
-        gone = asyncio.ensure_future(self._client.until_gone())
-        over = asyncio.ensure_future(self._finished.wait())
-        try:
-            await asyncio.wait({gone, over}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not over.done():
-                gone.result()
-        finally:
-            gone.cancel()
-            over.cancel()
-            await asyncio.gather(gone, over, return_exceptions=True)
-
-    async def _response(self, data: bytes) -> None:
-        try:
-            self._http.receive_data(data)
-            while True:
-                event = self._http.next_event()
-                if event is h11.NEED_DATA or event is h11.PAUSED:
-                    return
-                if await self._pass_on(event):
-                    return
-        except h11.RemoteProtocolError as error:
-            failed = PeerError(f"the backend's answer is no HTTP response: {told(error)}")
-            self.fault = self.fault or failed
-            raise failed from error
-
-    async def _pass_on(self, event: object) -> bool:
-        """Send one event on; whether it was the last."""
-        if isinstance(event, h11.InformationalResponse):
-            if event.status_code == 101:
-                raise self._failed("the backend switched protocols without being asked")
-        elif isinstance(event, h11.Response):
-            try:
-                kept = fields.inner(event.headers)
-            except FormatError as error:
-                raise self._failed(f"the backend's response: {error.message}") from error
-            await self._begin(event.status_code, kept)
-        elif isinstance(event, h11.Data):
-            await self._send(encode_content(bytes(event.data)))
-        elif isinstance(event, h11.EndOfMessage):
-            await self._end()
-            return True
-        else:
-            raise self._failed("the backend closed without a response")
-        return False
-
-    def _failed(self, text: str) -> PeerError:
-        error = PeerError(text)
-        self.fault = self.fault or error
-        return error
-
-    async def _begin(self, status: int, listed: Sequence[fields.Field]) -> None:
-        self.status = status
+    async def begin(self, status: int, listed: Sequence[fields.Field]) -> None:
+        """Send the head of the response on, sealed."""
         nonce, sealer = self._receiver.response()
         headers = [
             (b"content-type", RESPONSE_TYPE),
@@ -321,14 +87,53 @@ class TunnelStream:
             h11.Data(data=nonce + sealer.chunk(encode_response(status, listed)))
         )
 
-    async def _send(self, plain: bytes) -> None:
+    async def content(self, data: bytes) -> None:
+        """Send some of its body on, sealed."""
         assert self._sealer is not None  # noqa: S101 - h11 gives the head first
-        if plain:
-            await self._client.send(h11.Data(data=self._sealer.chunk(plain)))
+        if data:
+            await self._client.send(h11.Data(data=self._sealer.chunk(encode_content(data))))
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
+        """Send the last chunk, without which nobody takes it for whole."""
         assert self._sealer is not None  # noqa: S101 - h11 gives the head first
         last = self._sealer.chunk(encode_end()) + self._sealer.final()
         await self._client.send(h11.Data(data=last))
         await self._client.send(h11.EndOfMessage())
-        self._finished.set()
+
+
+class ClearStream(RequestStream):
+    """A plain request whose path is let through (``direct_forward``).
+
+    Args:
+        client: the connection.
+        request: its head.
+        body: what follows.
+        address: of the client, for the backend; empty tells it nothing.
+    """
+
+    def __init__(
+        self, client: ClientConnection, request: h11.Request, body: OuterBody, *, address: str
+    ) -> None:
+        super().__init__(client, address=address, outer=())
+        self._request_head = request
+        self._body = body
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The request as it came."""
+        request = self._request_head
+        yield RequestHead(request.method, request.target, tuple(request.headers))
+        while data := await self._body.some():
+            yield Content(data)
+        yield End()
+
+    async def begin(self, status: int, listed: Sequence[fields.Field]) -> None:
+        """Send the head of the response on."""
+        await self._client.send(h11.Response(status_code=status, headers=list(listed)))
+
+    async def content(self, data: bytes) -> None:
+        """Send some of its body on."""
+        await self._client.send(h11.Data(data=data))
+
+    async def end(self) -> None:
+        """End it."""
+        await self._client.send(h11.EndOfMessage())
