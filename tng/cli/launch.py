@@ -20,6 +20,10 @@ def launch(
             "--log-format", envvar="TNG_LOG_FORMAT", help="Lines on stderr: text or json."
         ),
     ] = "text",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Processes behind the same ports; else as configured."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C.
@@ -38,9 +42,15 @@ def launch(
     config.require_served()
     for note in config.notes:
         terminal.warn(str(note))
-    from tng.operation.run import run
+    count = workers or config.workers
+    if count > 1:
+        from tng.operation.workers import run_workers
 
-    status = asyncio.run(run(config, terminal, form))
+        status = asyncio.run(run_workers(config, count, terminal, form))
+    else:
+        from tng.operation.run import run
+
+        status = asyncio.run(run(config, terminal, form))
     if status == 130:
         raise KeyboardInterrupt
     raise typer.Exit(status)

@@ -33,6 +33,9 @@ from tng.config.trust import Trust, parse_trust
 MAX_ENTRIES = 64
 """Most entries of one kind."""
 
+MAX_WORKERS = 64
+"""Most worker processes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ingress:
@@ -101,12 +104,14 @@ class Config:
         egress: entries of ``add_egress``.
         telemetry: control interface, metrics, traces.
         notes: what is worth telling.
+        workers: processes behind the same ports.
     """
 
     ingress: tuple[Ingress, ...]
     egress: tuple[Egress, ...]
     telemetry: Telemetry = field(default_factory=Telemetry)
     notes: tuple[Note, ...] = ()
+    workers: int = 1
 
     @property
     def refusals(self) -> tuple[Note, ...]:
@@ -145,12 +150,13 @@ def parse(value: Any, *, where: str) -> Config:
         _egress(Section(entry, where=f"add_egress[{index}]"), index, notes)
         for index, entry in enumerate(_entries(top, "add_egress"))
     )
+    workers = top.integer("workers", 1, least=1, most=MAX_WORKERS, unit="processes")
     top.finish()
     if not ingress and not egress:
         raise SettingError(
             f"{where}: nothing to do", hint="give at least one entry of add_ingress or add_egress"
         )
-    return Config(ingress, egress, telemetry, notes.all())
+    return Config(ingress, egress, telemetry, notes.all(), workers)
 
 
 def _ingress(entry: Section, index: int, notes: Notes) -> Ingress:

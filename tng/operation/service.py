@@ -49,6 +49,9 @@ class Gateway:
         config: what to do.
         journal: where its lines go.
         agent: source of proofs for every entry; by default each entry's own.
+        shared: whether other processes listen on the same ports; they have the capture rules then.
+        mark: of this process's sockets where it has no capture rules of its own.
+        keys: secrets of this run, where several processes share them.
 
     Raises:
         SettingError: the configuration asks for something that this gateway does not do.
@@ -56,7 +59,14 @@ class Gateway:
     """
 
     def __init__(
-        self, config: Config, journal: Journal, agent: ChannelAgent | None = None
+        self,
+        config: Config,
+        journal: Journal,
+        agent: ChannelAgent | None = None,
+        *,
+        shared: bool = False,
+        mark: int | None = None,
+        keys: BootKeys | None = None,
     ) -> None:
         config.require_served()
         self._config = config
@@ -67,7 +77,9 @@ class Gateway:
         self._leaving = False
         self._listen: dict[str, list[str]] = {}
         self._proxies: list[HttpProxy] = []
-        self._captures = Captures(config, journal)
+        self._shared = shared
+        self._captures = None if shared else Captures(config, journal)
+        self._mark = mark if self._captures is None else self._captures.mark
         self._captured: dict[str, int] = {}
         self._readiness = Readiness(lambda: self._leaving)
         entries: tuple[Ingress | Egress, ...] = (*config.ingress, *config.egress)
@@ -89,7 +101,7 @@ class Gateway:
             entry.name: _direct(entry, make_acceptor(entry, journal, agent), journal)
             for entry in config.egress
         }
-        keys = BootKeys()
+        keys = keys or BootKeys()
         self._desks = {entry.name: make_desk(entry, keys) for entry in config.egress}
         self._backends: list[tuple[str, Backend]] = []
 
@@ -101,8 +113,9 @@ class Gateway:
             SettingError: a mode that is not in this version.
         """
         try:
-            if self._captures.mark is not None:
-                mark_connections(asyncio.get_running_loop(), self._captures.mark)
+            if self._mark is not None:
+                mark_connections(asyncio.get_running_loop(), self._mark)
+            if self._captures:
                 await self._captures.guard()
             for ingress in self._config.ingress:
                 await self._start_ingress(ingress)
@@ -110,14 +123,18 @@ class Gateway:
                 await self._start_egress(egress)
             where = self._config.telemetry.control
             if where:
-                control = Control(self.missing, self.status, self._journal.meters)
-                await self._open("control_interface", where, control.serve, counted=False)
+                serve = self.control().serve
+                await self._open("control_interface", where, serve, counted=False)
             if self._captures:
                 await self._captures.capture(self._captured)
         except BaseException:
             await self.close()
             raise
         return self._listen
+
+    def control(self) -> Control:
+        """The control interface of this gateway."""
+        return Control(self.missing, self.status, self._journal.meters)
 
     @property
     def unsafe(self) -> tuple[str, ...]:
@@ -174,7 +191,8 @@ class Gateway:
         self._leaving = True
         for server in self._servers:
             server.close()
-        await self._captures.release()
+        if self._captures is not None:
+            await self._captures.release()
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -298,7 +316,7 @@ class Gateway:
 
         try:
             server = await asyncio.start_server(
-                connected, where.host, where.port, backlog=BACKLOG
+                connected, where.host, where.port, backlog=BACKLOG, reuse_port=self._shared or None
             )
         except (OSError, UnicodeError, OverflowError) as error:
             raise ListenerFailed(
