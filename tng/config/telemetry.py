@@ -106,7 +106,7 @@ def _one(section: Section | None, notes: Notes, *, traces: bool) -> Exporter | N
     item = Section(items[0], where=f"{section.where}.exporters[0]")
     kind = item.text("type")
     if kind in ("oltp", "otlp"):
-        exporter = _otlp(item, traces=traces)
+        exporter = _otlp(item, notes, traces=traces)
     elif kind == "stdout":
         exporter = Exporter("stdout", step_s=_step(item, STEP_S))
     elif kind == "falcon" and not traces:
@@ -127,12 +127,14 @@ def _one(section: Section | None, notes: Notes, *, traces: bool) -> Exporter | N
     return exporter
 
 
-def _otlp(item: Section, *, traces: bool) -> Exporter:
+def _otlp(item: Section, notes: Notes, *, traces: bool) -> Exporter:
     protocol = item.text("protocol")
     if protocol not in PROTOCOLS:
         raise SettingError(
             f"{item.where}: protocol is {protocol!r}", hint=suggestion(protocol, PROTOCOLS)
         )
+    if protocol == "grpc":
+        notes.refuse(item.where, "OTLP over gRPC", "use http/protobuf; collectors take both")
     headers = tuple(sorted(_texts(item, "headers").items()))
     # In TNG the step is required for metrics and unknown for traces.
     step = STEP_S if traces else item.integer("step", least=1, most=86_400, unit="seconds")

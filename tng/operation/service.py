@@ -30,6 +30,7 @@ from tng.operation.control import Control
 from tng.operation.journal import Journal, endpoint_text
 from tng.operation.metered import MeteredBackend, MeteredPeers
 from tng.operation.readiness import Readiness
+from tng.operation.telemetry import Exporters
 from tng.operation.timed import demand_fresh, demand_proof_of
 from tng.streams import Acceptor, Backend
 
@@ -81,6 +82,7 @@ class Gateway:
         self._captures = None if shared else Captures(config, journal)
         self._mark = mark if self._captures is None else self._captures.mark
         self._captured: dict[str, int] = {}
+        self._exporters = Exporters(config, journal)
         self._readiness = Readiness(lambda: self._leaving)
         entries: tuple[Ingress | Egress, ...] = (*config.ingress, *config.egress)
         for entry in entries:
@@ -127,6 +129,7 @@ class Gateway:
                 await self._open("control_interface", where, serve, counted=False)
             if self._captures:
                 await self._captures.capture(self._captured)
+            self._exporters.start()
         except BaseException:
             await self.close()
             raise
@@ -202,6 +205,7 @@ class Gateway:
             await acceptor.close()
         for _name, backend in self._backends:
             await backend.close()
+        await self._exporters.close()
 
     async def _start_ingress(self, entry: Ingress) -> None:
         peers = self._peers[entry.name]
