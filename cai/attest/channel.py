@@ -142,7 +142,7 @@ class ChannelEvidence:
             path=tuple(_node(text) for text in path),
             ticket=section.text("ticket").encode("utf-8") if section.has("ticket") else b"",
         )
-        if section.has("ticket") and not result.ticket:
+        if section.holds("ticket") and not result.ticket:
             raise FormatError("channel evidence: an empty ticket is left out")
         section.finish()
         return result

@@ -13,7 +13,20 @@ import pytest
 from OpenSSL import SSL
 
 from cai.attest.channel import ChannelEvidence
-from cai.errors import PeerError, PeerUnreachable
+from cai.errors import PeerUnreachable
+from tests.tng.attackers import (
+    ACK,
+    OPEN,
+    PROVE,
+    READY,
+    CountingEngine,
+    Impostor,
+    get,
+    prove,
+    raw_client,
+    refused,
+    refused_behind,
+)
 from tests.tng.gateways import (
     FakeAgent,
     World,
@@ -26,60 +39,11 @@ from tests.tng.gateways import (
     serving,
     talk,
 )
-from tng.channel.frames import Frame, FrameDecoder, FrameType, encode, parse_reason
+from tng.channel.frames import Frame, FrameType, parse_reason
 from tng.channel.tls import ChannelKey, TlsSession, client_context, server_context
 from tng.streams import Code
 
 pytestmark = pytest.mark.anyio
-
-
-def get(port: int) -> bytes:
-    return (
-        f"GET http://127.0.0.1:{port}/ HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
-        "connection: close\r\n\r\n"
-    ).encode()
-
-
-def connect(port: int) -> bytes:
-    return f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n\r\n".encode()
-
-
-async def refused(world: World, port: int, **verify: object) -> dict[str, str]:
-    """What a client learns that asks for this peer, by GET and by CONNECT alike."""
-    async with running(proxy_config(world.verify(**verify))) as inside:
-        proxy = port_of(inside, "ingress[0]")
-        answer = await talk(proxy, get(port))
-        tunnel = await talk(proxy, connect(port))
-    assert answer.startswith(b"HTTP/1.1 502 "), answer
-    assert tunnel.startswith(b"HTTP/1.1 502 "), tunnel
-    assert error_of(tunnel)["code"] == error_of(answer)["code"]
-    return error_of(answer)
-
-
-class CountingEngine:
-    """An engine that counts its connections."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        await echo_engine(reader, writer)
-
-
-async def refused_behind(
-    world: World, agent: FakeAgent, tmp_path: Path, **verify: object
-) -> dict[str, str]:
-    """As ``refused``, with a real egress; its engine must see nothing."""
-    engine = CountingEngine()
-    socket = tmp_path / "engine.sock"
-    async with (
-        serving(engine, socket),
-        running(egress_config({"unix": str(socket)}), agent) as outside,
-    ):
-        error = await refused(world, port_of(outside, "egress[0]"), **verify)
-    assert engine.connections == 0
-    return error
 
 
 # Evidence that does not pass
@@ -279,30 +243,6 @@ async def test_plain_tls_without_our_alpn(world: World) -> None:
         error = await refused(world, port)
     assert error["code"] == "peer-no-evidence"
     assert "not cai/1" in error["message"]
-
-
-class Impostor:
-    """Speaks ``cai/1`` TLS, then sends whatever frames a test gives; keeps what it got."""
-
-    def __init__(self, *frames: Frame) -> None:
-        self.frames = frames
-        self.got: list[Frame] = []
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tls = TlsSession(server_context(ChannelKey()), server=True)
-        decoder = FrameDecoder()
-        greeted = False
-        while data := await reader.read(65536):
-            self.got += decoder.feed(tls.receive(data))
-            if tls.established and not greeted:
-                greeted = True
-                for frame in self.frames:
-                    tls.send(encode(frame))
-            writer.write(tls.outgoing())
-
-
-ACK = Frame(FrameType.ACK, 0, bytes(32))
-READY = Frame(FrameType.READY)
 
 
 @pytest.mark.parametrize(
@@ -511,38 +451,6 @@ async def test_ordinary_https_to_the_egress_port(agent: FakeAgent, tmp_path: Pat
     assert not agent.calls
 
 
-async def raw_client(port: int, *frames: Frame) -> list[Frame]:
-    """A client of an egress that sends these frames after TLS; what it is answered until close."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    tls = TlsSession(client_context(), server=False)
-    tls.start()
-    writer.write(tls.outgoing())
-    decoder = FrameDecoder()
-    got: list[Frame] = []
-    sent = False
-    try:
-        async with asyncio.timeout(15):
-            while data := await reader.read(65536):
-                try:
-                    got += decoder.feed(tls.receive(data))
-                except PeerError:
-                    break
-                if tls.established and not sent:
-                    sent = True
-                    for frame in frames:
-                        tls.send(encode(frame))
-                writer.write(tls.outgoing())
-    except OSError:
-        pass
-    finally:
-        writer.close()
-    return got
-
-
-PROVE = Frame(FrameType.PROVE, 0, bytes(36))
-OPEN = Frame(FrameType.OPEN, 1)
-
-
 @pytest.mark.parametrize(
     "frames",
     [
@@ -591,10 +499,6 @@ async def test_no_stream_reaches_the_engine_before_the_client_is_ready(
     ):
         await raw_client(port_of(outside, "egress[0]"), PROVE, OPEN)
     assert engine.connections == 0
-
-
-def prove(seq: int) -> Frame:
-    return Frame(FrameType.PROVE, 0, bytes(32) + seq.to_bytes(4, "big"))
 
 
 @pytest.mark.parametrize("seq", [0, 2, 2**32 - 1])

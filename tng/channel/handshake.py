@@ -20,7 +20,7 @@ from hashlib import sha256
 
 from cai import merkle
 from cai.attest.channel import ChannelEvidence, Role, leaf_data
-from cai.errors import FormatError
+from cai.errors import FormatError, LimitExceeded, SettingError
 from tng.channel.frames import MAX_EVIDENCE, NONCE_SIZE
 
 EXPORTER_LABEL = b"EXPORTER-cai-channel-v1"
@@ -106,13 +106,16 @@ class SessionVerifier:
         """Take the EVIDENCE and close this proof (§4 step 7 is the caller's).
 
         Raises:
-            FormatError, LimitExceeded, SettingError: out of turn, or malformed.
+            FormatError: out of turn, or malformed.
         """
         if self._leaf is None:
             raise FormatError("EVIDENCE out of turn")
         leaf, self._leaf, self._prove = self._leaf, None, None
         self._next_seq += 1
-        return Claim(leaf, ChannelEvidence.decode(payload))
+        try:
+            return Claim(leaf, ChannelEvidence.decode(payload))
+        except (LimitExceeded, SettingError) as error:
+            raise FormatError(error.message) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,7 +247,16 @@ class CertificateJudge:
             )
             if asked
             else not_asked("channel.downgrade"),
+            self._ticket(),
         ]
+
+    def _ticket(self) -> Check:
+        """Stock evidence has no place for an admission ticket: whoever asks for one refuses it."""
+        if not self._settings.kbs_key:
+            return not_asked("ticket.present")
+        return check(
+            "ticket.present", passed=False, reason="stock evidence carries no admission ticket"
+        )
 
     @staticmethod
     def _has_payload(presented: Presented) -> bool:
