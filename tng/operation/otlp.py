@@ -25,6 +25,9 @@ SPAN_SERVER = 2
 STATUS_ERROR = 2
 """STATUS_CODE_ERROR."""
 
+INSTANCE = secrets.token_hex(8)
+"""Tells the processes of one gateway apart, whose counts a collector may not mix up."""
+
 _SCALARS = ("string", "hex", "double", "fixed64", "fixed64s", "doubles", "enum", "bool")
 
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
@@ -170,8 +173,8 @@ def _scalar(number: int, form: str, value: Any) -> bytes:
 
 
 def _resource() -> dict[str, Any]:
-    names = ("service.name", "service.version")
-    return {"attributes": _attributes(names, ("tng", __version__))}
+    names = ("service.name", "service.version", "service.instance.id")
+    return {"attributes": _attributes(names, ("tng", __version__, INSTANCE))}
 
 
 def _scope() -> dict[str, str]:
