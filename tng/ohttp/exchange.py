@@ -124,7 +124,7 @@ class OhttpStream:
 
     def reset(self, code: Code = Code.CANCELLED, text: str = "") -> None:
         """Give up; a running exchange is broken off, so that the engine stops."""
-        if not self._running.done():
+        if not self._running.done() and not self._running.cancelling():
             self._error = self._error or StreamReset(code, text)
             self._running.cancel()
 
@@ -229,8 +229,9 @@ class _Exchange:
         finally:
             for task in (upload, download):
                 task.cancel()
-            await asyncio.gather(upload, download, return_exceptions=True)
+            # First, and without waiting: it is what stops the engine.
             self._keys.client.release(connection)
+            await asyncio.gather(upload, download, return_exceptions=True)
 
     async def _upload(
         self,
