@@ -331,7 +331,9 @@ class OhttpAcceptor:
             connection.client.abort()
             raise ClientGone("the response was cut off")
         if isinstance(fault, (FormatError, LimitExceeded, Tampered)):
-            raise OuterError(fault.http_status, "InvalidRequest", fault.message) from fault
+            # Never 422: that would have the client ask for another key.
+            status = 413 if isinstance(fault, LimitExceeded) else 400
+            raise OuterError(status, "InvalidRequest", fault.message) from fault
         error = CaiError("the backend gave no whole response", code="upstream")
         if isinstance(fault, StreamReset) and fault.reset_code is Code.UPSTREAM:
             error = CaiError(fault.message, code="upstream")
