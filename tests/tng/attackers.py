@@ -9,11 +9,12 @@ from cai.errors import PeerError
 from tests.tng.gateways import (
     FakeAgent,
     World,
-    echo_engine,
+    echo,
     egress_config,
     error_of,
     port_of,
     proxy_config,
+    read_request,
     running,
     serving,
     talk,
@@ -46,14 +47,22 @@ async def refused(world: World, port: int, **verify: object) -> dict[str, str]:
 
 
 class CountingEngine:
-    """An engine that counts its connections."""
+    """An engine that counts its connections, and those on which a byte came."""
 
     def __init__(self) -> None:
         self.connections = 0
+        self.requests = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        await echo_engine(reader, writer)
+        try:
+            head, body = await read_request(reader)
+        except asyncio.IncompleteReadError as error:
+            self.requests += bool(error.partial)
+            raise
+        self.requests += 1
+        writer.write(echo(head, body))
+        await writer.drain()
 
 
 async def refused_behind(

@@ -216,11 +216,13 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     return head, await reader.readexactly(length)
 
 
+def echo(head: bytes, body: bytes) -> bytes:
+    """The answer of a small engine: the request's first line and body."""
+    answer = head.split(b"\r\n")[0] + b"|" + body
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
+
+
 async def echo_engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A small engine: answers with the request's first line and body."""
-    head, body = await read_request(reader)
-    answer = head.split(b"\r\n")[0] + b"|" + body
-    writer.write(
-        b"HTTP/1.1 200 OK\r\ncontent-length: " + str(len(answer)).encode() + b"\r\n\r\n" + answer
-    )
+    writer.write(echo(*await read_request(reader)))
     await writer.drain()
