@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,20 +140,45 @@ class Space:
             sys.executable, "-c", ASK, host, str(port), text, str(wait_s), check=False
         ).strip()
 
-    def tng(self, config: dict[str, Any], log: Path, *options: str) -> Any:
+    def both(self, other: Space, port: int, wait_s: float = 1.5) -> list[str]:
+        """Plain answers over IPv4 and IPv6."""
+        with ThreadPoolExecutor(2) as pool:
+            asked = [
+                pool.submit(self.ask, host, port, wait_s=wait_s) for host in (other.v4, other.v6)
+            ]
+            return [one.result() for one in asked]
+
+    def tng(self, config: dict[str, Any], log: Path, *before: str) -> Any:
+        """A gateway; ``before`` is a command that runs it."""
         return self.process(
-            sys.executable, "-m", "tng", "launch", *options,
+            *before, sys.executable, "-m", "tng", "launch",
             "--config-content", json.dumps(config), ready="listens on", log=log,
         )  # fmt: skip
+
+    def tables(self) -> set[str]:
+        """Kinds of this product's tables."""
+        names = self.run("nft", "list", "tables", "inet").split()
+        return {name[:8] for name in names if name.startswith("cai_")}
+
+    def down(self) -> None:
+        """``tng netfilter down``."""
+        self.run(sys.executable, "-m", "tng", "netfilter", "down")
+
+    def without_capture(self) -> None:
+        """As if somebody had flushed the capture rules of a gateway that is gone."""
+        for name in self.run("nft", "list", "tables", "inet").split():
+            if name.startswith("cai_tng_"):
+                self.run("nft", "delete", "table", "inet", name)
 
 
 @dataclass
 class World:
-    """``client`` -- ``guest`` -- ``container``."""
+    """``client`` -- ``guest`` -- ``container``; ``real`` when the first leads over a device."""
 
     client: Space
     guest: Space
     container: Space
+    real: bool
 
 
 @contextlib.contextmanager
@@ -167,31 +193,36 @@ def world() -> Iterator[World]:
         for space in spaces:
             _ip("netns", "add", space.name)
             space.run("ip", "link", "set", "lo", "up")
-        _link(client, "eth0", ("10.91.1.1/24", "fd91:1::1/64"), guest, "eth0",
-              ("10.91.1.2/24", "fd91:1::2/64"))  # fmt: skip
-        _link(container, "eth0", ("10.91.2.2/24", "fd91:2::2/64"), guest, "veth0",
-              ("10.91.2.1/24", "fd91:2::1/64"))  # fmt: skip
+        _ip("link", "add", "eth0", "netns", client.name, "type", "veth",
+            "peer", "name", "port0", "netns", guest.name)  # fmt: skip
+        # The port below the device answers for it otherwise, and has no address to turn to.
+        guest.run("sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1")
+        guest.run("ip", "link", "set", "port0", "up")
+        # A guest's way out is a device, not one end of a pair as a container's is.
+        macvlan = ("ip", "link", "add", "link", "port0", "name", "eth0", "type", "macvlan")
+        guest.run(*macvlan, "mode", "bridge", check=False)
+        outside = "eth0" if "eth0" in guest.run("ip", "-br", "link") else "port0"
+        _up(client, "eth0", ("10.91.1.1/24", "fd91:1::1/64"))
+        _up(guest, outside, ("10.91.1.2/24", "fd91:1::2/64"))
+        _ip("link", "add", "eth0", "netns", container.name, "type", "veth",
+            "peer", "name", "veth0", "netns", guest.name)  # fmt: skip
+        _up(container, "eth0", ("10.91.2.2/24", "fd91:2::2/64"))
+        _up(guest, "veth0", ("10.91.2.1/24", "fd91:2::1/64"))
         client.run("ip", "route", "add", "default", "via", "10.91.1.2")
         client.run("ip", "-6", "route", "add", "default", "via", "fd91:1::2")
         container.run("ip", "route", "add", "default", "via", "10.91.2.1")
         container.run("ip", "-6", "route", "add", "default", "via", "fd91:2::1")
         guest.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-        yield World(*spaces)
+        yield World(*spaces, real=outside == "eth0")
     finally:
         for space in spaces:
             subprocess.run(["ip", "netns", "del", space.name], capture_output=True, check=False)
 
 
-def _link(
-    one: Space, name: str, addresses: tuple[str, str], other: Space, far: str,
-    far_addresses: tuple[str, str],
-) -> None:  # fmt: skip
-    _ip("link", "add", name, "netns", one.name, "type", "veth",
-        "peer", "name", far, "netns", other.name)  # fmt: skip
-    for space, interface, own in ((one, name, addresses), (other, far, far_addresses)):
-        space.run("ip", "address", "add", own[0], "dev", interface)
-        space.run("ip", "-6", "address", "add", own[1], "dev", interface, "nodad")
-        space.run("ip", "link", "set", interface, "up")
+def _up(space: Space, interface: str, addresses: tuple[str, str]) -> None:
+    space.run("ip", "address", "add", addresses[0], "dev", interface)
+    space.run("ip", "-6", "address", "add", addresses[1], "dev", interface, "nodad")
+    space.run("ip", "link", "set", interface, "up")
 
 
 def _ip(*command: str) -> None:
