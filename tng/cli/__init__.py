@@ -7,7 +7,7 @@ import sys
 import typer
 
 from cai.terminal import run_app
-from tng.cli import config, netfilter
+from tng.cli import config, netfilter, token
 from tng.cli.exec import run_command
 from tng.cli.launch import launch
 from tng.cli.status import status
@@ -23,6 +23,7 @@ app.command("exec", context_settings={"allow_interspersed_args": False})(run_com
 app.command()(status)
 app.add_typer(config.app, name="config")
 app.add_typer(netfilter.app, name="netfilter")
+app.add_typer(token.app, name="token")
 
 
 def main() -> None:

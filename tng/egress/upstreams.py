@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ PROBE_TIMEOUT_S = 5.0
 
 RETRY_S = 2.0
 """How long an upstream that failed is left alone where nothing asks whether it lives, seconds."""
+
+FULL_QUEUE_S = 0.005
+"""Pause before a Unix socket whose queue is full is tried again, seconds."""
 
 MAX_PROBE = 64 * 1024
 """Most bytes that are read of the answer to a health check."""
@@ -223,9 +227,30 @@ async def connect_upstream(upstream: Upstream) -> Streams:
         async with asyncio.timeout(UPSTREAM_TIMEOUT_S):
             if isinstance(upstream, TcpUpstream):
                 return await asyncio.open_connection(upstream.host, upstream.port)
-            return await asyncio.open_unix_connection(str(upstream.path))
+            return await _connect_unix(str(upstream.path))
     except (OSError, TimeoutError, UnicodeError) as error:
         raise PeerUnreachable(f"upstream {upstream} does not answer: {error}") from error
+
+
+async def _connect_unix(path: str) -> Streams:
+    """Connect to a Unix socket, whose queue may be full for a moment.
+
+    The kernel answers EAGAIN then, and the socket stays unconnected; asyncio would take that for a
+    connection under way, and later for one that stands.
+    """
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        found.settimeout(0)
+        while True:
+            try:
+                found.connect(path)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(FULL_QUEUE_S)
+        return await asyncio.open_unix_connection(sock=found)
+    except BaseException:
+        found.close()
+        raise
 
 
 async def http_status(connect: Callable[[], Awaitable[Streams]], path: str) -> int:

@@ -18,6 +18,7 @@ from tng.guard.http import Incoming, StreamServer
 from tng.guard.receipts import PATH, Record, Standing
 from tng.guard.refusals import GuardRefused, as_refusal, error_body, error_headers
 from tng.guard.routes import Counting, Route
+from tng.guard.usage import Usage
 from tng.ingress.http1 import ClientGone
 from tng.operation.accesslog import Access
 from tng.operation.journal import Journal
@@ -36,6 +37,24 @@ class _Told:
     caller: str = ""
     status: int | str = ""
     error: CaiError | None = None
+
+
+class _Charge:
+    """What one request costs its caller; charged once, however it ends."""
+
+    def __init__(self, backend: GuardBackend, identity: Identity, route: Route) -> None:
+        self._backend = backend
+        self._identity = identity
+        self._route = route
+        self._open = True
+        self.size = 0
+        self.outcome = Outcome(self.settle)
+
+    def settle(self) -> None:
+        if self._open:
+            self._open = False
+            size = self.size if self.outcome.status == HTTPStatus.OK else 0
+            self._backend.settle(self._identity, self._route, self.outcome.usage, size)
 
 
 class GuardBackend:
@@ -151,12 +170,13 @@ class GuardBackend:
         route = desk.route(request)
         record = desk.receipts.begin(request) if desk.receipts else None
         desk.ledger.admit(identity.name, identity.limits)
-        outcome, size = Outcome(), 0
+        charge = _Charge(self, identity, route)
+        outcome = charge.outcome
         try:
             if server.waits_for_continue:
                 await server.send(h11.InformationalResponse(status_code=100, headers=[]))
             received, judged = await desk.body(request, route, server, identity)
-            size = len(received)
+            charge.size = len(received)
             if record:
                 record.asked(received, judged.data if judged else b"")
             lease = await self._connect()
@@ -164,7 +184,7 @@ class GuardBackend:
             await exchange.run(request, route, judged, outcome)
             told.status = outcome.status
         finally:
-            self._settle(identity, route, outcome, size)
+            charge.settle()
             self._keep(record, outcome, identity, caller)
 
     async def _connect(self) -> Lease:
@@ -188,19 +208,26 @@ class GuardBackend:
         await server.body(0, self._desk.guard.request_s)
         await _answer(server, 200, signed)
 
-    def _settle(self, identity: Identity, route: Route, outcome: Outcome, size: int) -> None:
-        usage = outcome.usage
-        began = outcome.status == 200 and route.counting is not Counting.NONE
-        if began and not usage.told:
-            usage.prompt = max(1, size // ESTIMATE_BYTES)
-        self._desk.ledger.done(
-            identity.name, identity.limits,
-            prompt=usage.prompt if began else 0, completion=usage.completion if began else 0,
-        )  # fmt: skip
-        if began:
+    def settle(self, identity: Identity, route: Route, usage: Usage, size: int) -> None:
+        """Charge a caller with what an answer used, and let its next request in.
+
+        Args:
+            identity: the caller.
+            route: that it asked.
+            usage: as the answer told.
+            size: of the request's body, bytes; 0 where no answer began.
+        """
+        if size and route.counting is not Counting.NONE:
+            if not usage.told:
+                usage.prompt = max(1, size // ESTIMATE_BYTES)
             meters = self._journal.meters
             meters.tokens.add(usage.prompt, identity.name, "prompt")
             meters.tokens.add(usage.completion, identity.name, "completion")
+        else:
+            usage = Usage()
+        self._desk.ledger.done(
+            identity.name, identity.limits, prompt=usage.prompt, completion=usage.completion
+        )
 
     def _keep(
         self, record: Record | None, outcome: Outcome, identity: Identity, caller: Caller

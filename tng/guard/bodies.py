@@ -134,7 +134,7 @@ def judge(body: dict[str, Any], route: Route, salt: str | None, rules: BodyRules
     if route.salted and salt is not None:
         body["cache_salt"] = salt
     stream = body.get("stream") is True
-    if body.get("stream") not in (None, True, False):
+    if not isinstance(body.get("stream"), (bool, type(None))):
         raise _bad("stream", "stream is true or false")
     added = stream and route.counting is Counting.OPENAI and _ask_usage(body)
     if route.path == "/v1/responses":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import h11
@@ -41,8 +42,11 @@ class Outcome:
         status: of the backend's answer; 0 before it came.
         whole: whether it came to its end.
         usage: what it used.
+        settle: called when the usage is known, before the client learns that its answer is whole:
+            its next request may follow at once.
     """
 
+    settle: Callable[[], None]
     status: int = 0
     whole: bool = False
     usage: Usage = field(default_factory=Usage)
@@ -119,7 +123,7 @@ class Exchange:
         await self._server.send(
             h11.Response(status_code=response.status_code, headers=headers, reason=response.reason)
         )
-        await self._pass(watch)
+        await self._pass(watch, outcome)
         outcome.whole = True
         if self._record:
             self._record.whole = True
@@ -157,7 +161,7 @@ class Exchange:
                 continue
             raise GuardRefused(502, "bad_gateway", "the backend gives no answer")
 
-    async def _pass(self, watch: PlainAnswer | EventAnswer) -> None:
+    async def _pass(self, watch: PlainAnswer | EventAnswer, outcome: Outcome) -> None:
         while True:
             try:
                 event = await self._event()
@@ -168,7 +172,9 @@ class Exchange:
             if isinstance(event, h11.Data):
                 await self._send(watch.passes(bytes(event.data)))
             elif isinstance(event, h11.EndOfMessage):
-                await self._send(watch.rest(), h11.EndOfMessage())
+                rest = watch.rest()
+                outcome.settle()
+                await self._send(rest, h11.EndOfMessage())
                 return
             else:
                 raise PeerError("the backend's answer broke off")

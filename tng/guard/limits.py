@@ -146,7 +146,7 @@ class Ledger:
                 raise _limited("concurrent_requests", "requests at once", BUSY_RETRY_S)
             tokens = _bucket(account, "tokens", limits.tokens, now)
             requests = _bucket(account, "requests", limits.requests, now)
-            if tokens is not None and tokens.level <= 0:
+            if tokens is not None and tokens.level < 1:
                 raise _limited("tokens_per_minute", "tokens per minute", tokens.wait(1))
             if requests is not None and (wait := requests.wait(1)):
                 raise _limited("requests_per_minute", "requests per minute", wait)
