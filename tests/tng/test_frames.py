@@ -50,7 +50,7 @@ frames = st.one_of(
 
 
 def test_known_answers() -> None:
-    """docs/spec-channel.md §9."""
+    """docs/spec-channel.md §11."""
     data = encode(Frame(FrameType.DATA, 1, b"hello"))
     assert data.hex() == "12000005" "00000001" "68656c6c6f"
     pad = padding_for(len(data))

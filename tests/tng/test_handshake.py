@@ -67,7 +67,7 @@ def failed(verdict: Verdict) -> set[str]:
 
 
 def test_context_known_answer() -> None:
-    """docs/spec-channel.md §9."""
+    """docs/spec-channel.md §11."""
     prove = bytes(range(32)) + bytes(4)
     assert exporter_context(prove, bytes(range(32, 64))).hex() == (
         "fb520e8456d9eacc9dbab543dd218a65e43eb894cacac66c0a54a29af6685b2d"

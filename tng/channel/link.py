@@ -41,7 +41,7 @@ PLAIN_REQUEST_ANSWER = (
     b"this port answers attested TLS (cai/1) only; ask through a tng ingress, "
     b"for example http_proxy=http://127.0.0.1:41000 curl ...\n"
 )
-"""What a plain request to an egress port gets (spec-channel §8)."""
+"""What a plain request to an egress port gets (spec-channel §9)."""
 
 
 class PlainRequest(PeerError):

@@ -1,4 +1,4 @@
-"""Streams over a proven session: many requests share one channel (spec-channel §6).
+"""Streams over a proven session: many requests share one channel (spec-channel §7).
 
 A channel has one reading task, which never waits for writing, so two ends can never wait for each
 other. Each stream's bytes wait in a bounded inbox; credit goes back as the reader consumes.
@@ -148,7 +148,7 @@ class Stream:
         """Take one frame of the peer (from the channel).
 
         Raises:
-            FormatError: it breaks the rules of spec-channel §6.
+            FormatError: it breaks the rules of spec-channel §7.
         """
         if frame.type is FrameType.DATA:
             if self._peer_finished:

@@ -23,6 +23,10 @@ from tng.channel.handshake import EXPORTER_LABEL, EXPORTER_SIZE
 ALPN: Final = b"cai/1"
 """The only application protocol that is offered and accepted."""
 
+MAX_PEER_CERTIFICATE = 100 * 1024
+"""Longest certificate message of a peer, bytes: OpenSSL's default, which pyOpenSSL cannot change.
+Only evidence inside a certificate comes near it; that of ``cai/1`` travels in frames."""
+
 _READ_SIZE = 65536
 
 _TLS_1_3 = 0x0304
@@ -265,6 +269,11 @@ def _handshake_error(error: SSL.Error) -> PeerError:
     text = _describe(error)
     if "wrong version number" in text or "packet length too long" in text or "http" in text:
         return PeerWithoutEvidence("the peer answers in plain text, not in TLS")
+    if "excessive message size" in text:
+        return PeerWithoutEvidence(
+            f"the peer's certificate is longer than {MAX_PEER_CERTIFICATE} bytes",
+            hint="a guest with many GPUs proves itself over cai/1, or shows a passport",
+        )
     return PeerWithoutEvidence(f"the peer does not complete the TLS handshake ({text})")
 
 

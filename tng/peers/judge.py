@@ -129,7 +129,7 @@ def ticket_keys(kbs_key: str) -> tuple[bytes, ...]:
 
 
 def proven(verdict: Verdict, evidence: ChannelEvidence, *, asks_ticket: bool) -> Proven:
-    """What evidence that passed gives: until when, and with which drain (spec-channel §7)."""
+    """What evidence that passed gives: until when, and with which drain (spec-channel §4.3)."""
     age = max_age(evidence)
     if not asks_ticket:
         return Proven(verdict, age)
@@ -140,7 +140,7 @@ def proven(verdict: Verdict, evidence: ChannelEvidence, *, asks_ticket: bool) ->
 
 
 def max_age(evidence: ChannelEvidence) -> float:
-    """The session may open streams until the GPU evidence is too old (spec-channel §7)."""
+    """The session may open streams until the GPU evidence is too old (spec-channel §4.3)."""
     age = MAX_SESSION_AGE_S
     if evidence.evidence.devices:
         # Verified before; so it decodes.
