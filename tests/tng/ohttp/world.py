@@ -45,10 +45,10 @@ async def read_any(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     body = b""
     lines = head.lower().split(b"\r\n")
     if b"transfer-encoding: chunked" in lines:
-        while size := int(await reader.readline(), 16):
+        while size := int(await reader.readuntil(b"\r\n"), 16):
             body += await reader.readexactly(size)
             await reader.readexactly(2)
-        await reader.readline()
+        await reader.readuntil(b"\r\n")
     for line in lines:
         if line.startswith(b"content-length:"):
             body = await reader.readexactly(int(line.partition(b":")[2]))
