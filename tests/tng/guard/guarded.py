@@ -22,6 +22,7 @@ from tng.guard.desk import BootKeys, Desk
 from tng.operation.journal import Journal
 from tng.streams import Caller, Code, StreamReset
 
+ANSWER_S = 60.0
 CHAT = "/v1/chat/completions"
 PROMPT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -96,7 +97,7 @@ class Client:
         self.stream.sent.put_nowait(b"")
 
     async def read(self) -> Answer:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ANSWER_S):
             head = await self.stream.answer.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").split("\r\n")
             pairs = (line.partition(":") for line in lines[1:] if line)
@@ -215,21 +216,27 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
+async def before(socket: Path, **settings: Any) -> AsyncIterator[Bench]:
+    """A guard before an engine that listens on a Unix socket."""
+    log = io.StringIO()
+    journal = Journal(log)
+    desk = Desk(guard_of(**settings), BootKeys())
+    upstreams = Upstreams("egress[0]", (UnixUpstream(socket),), journal)
+    backend = GuardBackend("egress[0]", desk, upstreams, journal, ())
+    bench = Bench(backend, desk, journal, log)
+    try:
+        yield bench
+    finally:
+        await backend.close()
+        for client in bench.clients:
+            client.task.cancel()
+        await asyncio.gather(*(c.task for c in bench.clients), return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
 async def guarded(
     tmp_path: Path, engine: Engine | None = None, **settings: Any
 ) -> AsyncIterator[Bench]:
     socket = tmp_path / "engine.sock"
-    log = io.StringIO()
-    journal = Journal(log)
-    desk = Desk(guard_of(**settings), BootKeys())
-    async with serving((engine or Engine()).serve, socket):
-        upstreams = Upstreams("egress[0]", (UnixUpstream(socket),), journal)
-        backend = GuardBackend("egress[0]", desk, upstreams, journal, ())
-        bench = Bench(backend, desk, journal, log)
-        try:
-            yield bench
-        finally:
-            await backend.close()
-            for client in bench.clients:
-                client.task.cancel()
-            await asyncio.gather(*(c.task for c in bench.clients), return_exceptions=True)
+    async with serving((engine or Engine()).serve, socket), before(socket, **settings) as bench:
+        yield bench
