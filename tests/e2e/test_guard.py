@@ -142,7 +142,8 @@ async def test_without_salts_the_prompt_cache_is_shared(engine: Path) -> None:
 
 async def test_the_engine_takes_what_the_guard_lets_through(engine: Path) -> None:
     more = {
-            ("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 3}),
+        "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["x"], "logit_bias": {"5": 1.0},
+        "min_p": 0.0, "n": 2,
         "presence_penalty": 0.1, "response_format": {"type": "text"}, "top_k": 3, "user": "u",
         "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "logprobs": True,
         "top_logprobs": 1, "chat_template_kwargs": {"enable_thinking": False},
@@ -150,7 +151,7 @@ async def test_the_engine_takes_what_the_guard_lets_through(engine: Path) -> Non
     said = {"role": "user", "content": "hello"}
     asked: list[tuple[str, dict[str, Any]]] = [
         (CHAT, chat("hello", **more)),
-        ("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 3, "echo": True}),
+        ("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 3}),
         ("/v1/completions", {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3}),
         ("/v1/responses", {"model": "tiny", "input": "hello", "max_output_tokens": 3}),
         ("/v1/messages", {"model": "tiny", "messages": [said], "max_tokens": 3}),
