@@ -142,7 +142,7 @@ def _capturing(entry: Entry, hook: str) -> list[str]:
 
 def _passing(entry: Entry, hook: str, marks: frozenset[int]) -> list[str]:
     rules = [
-        "meta l4proto != tcp accept",
+        "meta l4proto != { tcp, udp } accept",
         "ct direction reply accept",
         f"meta mark {_marks(marks)} accept",
     ]
@@ -178,6 +178,13 @@ def _dropping(entry: Entry, hook: str) -> list[str]:
                 if item.network is None and item.ipset is None
             ]
         rules += [f"{match} {cgroup}{verdict}" for match in _matches(entry, hook)]
+        # Nothing of UDP is carried: HTTP/3 to the same port would be a way past the gateway.
+        datagrams = "reject" if hook == "output" else "drop"
+        rules += [
+            f"{match.replace('tcp dport', 'udp dport')} {cgroup}{datagrams}"
+            for match in _matches(entry, hook)
+            if "tcp dport" in match
+        ]
     return rules
 
 

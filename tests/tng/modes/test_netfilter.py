@@ -152,6 +152,51 @@ def test_the_gateway_does_not_start_where_the_guard_cannot_be_set(
         assert "Traceback" not in done.stderr
 
 
+def test_datagrams_to_a_captured_port_do_not_pass_either(net: World, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    seen.touch()
+    hear = (
+        "import socket, sys; s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM);"
+        "s.setsockopt(41, 26, 0); s.bind(('::', 8080)); print('ready', flush=True)\n"
+        "while True: open(sys.argv[1], 'ab').write(s.recv(99) + b'.')"
+    )
+    tell = (
+        "import socket, sys, time\n"
+        "for host in sys.argv[1:]:\n"
+        "    s = socket.socket(socket.AF_INET6 if ':' in host else 2, socket.SOCK_DGRAM)\n"
+        "    s.sendto(b'x', (host, 8080))\n"
+        "time.sleep(0.3)"
+    )
+    say = (sys.executable, "-c", tell, net.guest.v4, net.guest.v6)
+    with net.guest.process(sys.executable, "-c", hear, str(seen)):
+        with net.guest.tng(EGRESS, tmp_path / "g.log"):
+            net.client.run(*say)
+            assert seen.read_bytes() == b""
+        net.guest.run("nft", "flush", "ruleset")
+        with net.client.tng(INGRESS, tmp_path / "c.log"):
+            net.client.run(*say, check=False)
+            assert seen.read_bytes() == b""
+        net.client.run("nft", "flush", "ruleset")
+        net.client.run(*say)
+        until(lambda: seen.read_bytes() == b"x.x.")
+
+
+def test_several_workers_share_what_is_captured(net: World, tmp_path: Path) -> None:
+    with service(net.guest, tmp_path) as seen:
+        with (
+            net.guest.tng({**EGRESS, "workers": 2}, tmp_path / "g.log") as gateway,
+            net.client.tng({**INGRESS, "workers": 2}, tmp_path / "c.log"),
+        ):
+            for _ in range(4):
+                assert net.client.both(net.guest, PORT, wait_s=15) == [ANSWER, ANSWER]
+            net.client.run("nft", "flush", "ruleset")
+            kill(gateway)
+            until(lambda: net.client.both(net.guest, PORT) == ["", ""])
+        net.guest.without_capture()
+        assert net.client.both(net.guest, PORT) == ["", ""]
+    assert len(seen.read_bytes().splitlines()) == 8
+
+
 def test_local_traffic_is_captured_where_the_entry_says_so(net: World, tmp_path: Path) -> None:
     mode = {"capture_dst": {"port": PORT}, "capture_local_traffic": True, "listen_port": 40077}
     config = {"add_egress": [{"netfilter": mode, "no_ra": True}]}

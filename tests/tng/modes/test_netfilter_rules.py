@@ -85,8 +85,9 @@ def test_the_guard_drops_what_is_captured_and_lets_the_mark_pass(side: str) -> N
         lines = [line for line in rules.splitlines() if f" {hook}_" in line]
         assert lines[0].endswith("policy accept; }")
         assert any("meta mark { 565 } accept" in line for line in lines)
-        last = "tcp dport 7 reject with tcp reset" if hook == "output" else "tcp dport 7 drop"
-        assert lines[-1].endswith(last)
+        tcp, udp = ("reject with tcp reset", "reject") if hook == "output" else ("drop", "drop")
+        assert lines[-2].endswith(f" tcp dport 7 {tcp}")
+        assert lines[-1].endswith(f" udp dport 7 {udp}")
     assert "delete" not in rules
 
 
