@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from hashlib import sha256
-from http import HTTPStatus
 
 import h11
 
 from cai import jcs
 from cai.errors import CaiError, FormatError, InputError, LimitExceeded, Tampered
-from tng.config.transport import Cors, OhttpServer
+from tng.config.transport import OhttpServer
 from tng.config.trust import Attest, ServiceVerify
 from tng.egress.direct import demand_direct
 from tng.ingress.http1 import ClientConnection, ClientGone
+from tng.ohttp.answers import (
+    API_FAILED,
+    OuterError,
+    cors_headers,
+    drain,
+    header_of,
+    plain_error,
+    send_json,
+    whole_body,
+)
 from tng.ohttp.attester import KeyAttester
 from tng.ohttp.chunked import HEADER_SIZE, Header, RequestReceiver
+from tng.ohttp.clients import ClientJudge
 from tng.ohttp.fields import Field
 from tng.ohttp.hpke import KEY_SIZE
-from tng.ohttp.judge import ClientJudge
 from tng.ohttp.keys import KeyRing, Replayed
 from tng.ohttp.messages import (
     API_CHALLENGE,
@@ -51,29 +60,6 @@ MAX_CONNECTIONS = 1024
 
 GRACE_S = 2.0
 """How long a backend may take to end after its response is whole, seconds."""
-
-MAX_DRAINED = 16 * 1024 * 1024
-"""Most of a refused request that is read so that its sender sees the answer, bytes."""
-
-DRAIN_S = 10.0
-"""How long that may take, seconds."""
-
-
-class OuterError(CaiError):
-    """An answer outside, in stock TNG's shape.
-
-    Args:
-        status: HTTP status.
-        name: TNG's code.
-        message: what happened.
-    """
-
-    code, exit_status = "ohttp", 8
-
-    def __init__(self, status: int, name: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.name = name
 
 
 class OhttpAcceptor:
@@ -135,7 +121,7 @@ class OhttpAcceptor:
             with contextlib.suppress(CaiError):
                 # What HTTP itself refuses has a status of its own.
                 status = error.http_status if error.http_status < 500 else 400
-                await connection.client.send_raw(_plain_error(status, error.message))
+                await connection.client.send_raw(plain_error(status, error.message))
         finally:
             self._connections -= 1
             writer.close()
@@ -146,7 +132,7 @@ class OhttpAcceptor:
             "dialect": "ohttp",
             "sessions": self._connections,
             "streams": self._streams,
-            "keys": self._ring.status(),
+            "ohttp": {"keys": self._ring.status()},
         }
 
     def leave(self) -> None:
@@ -171,19 +157,20 @@ class OhttpAcceptor:
             self._idle.discard(client)
         if request is None:
             return False
-        headers = _cors(self._settings.cors, request)
+        headers = cors_headers(self._settings.cors, request)
         body = OuterBody(client)
         try:
             await self._answer(connection, request, body, headers)
         except OuterError as error:
             self._journal.line(f"{connection.peer} refused: {error.name}: {error.message}")
+            self._journal.refused(self._name, error)
             if client.response_started:
                 client.abort()
                 return False
             told = {"code": error.name, "message": error.message}
-            await _send_json(client, error.status, told, headers)
+            await send_json(client, error.status, told, headers)
         if not body.ended:
-            await _drain(body)
+            await drain(body)
         return client.reusable
 
     async def _answer(
@@ -216,9 +203,8 @@ class OhttpAcceptor:
             return
         try:
             if given[0] == API_KEY_CONFIG:
-                asked = KeyRequest.decode(await _whole(body))
-                config = self._ring.active().config
-                answer = (await self._attester.answer(asked, config)).encode()
+                asked = KeyRequest.decode(await whole_body(body))
+                answer = await self._key_config(asked)
             else:
                 answer = await self._about_clients(given[0], body)
         except ClientGone:
@@ -228,13 +214,21 @@ class OhttpAcceptor:
         except CaiError as error:
             # The reason may name addresses of this guest: it stays in the journal.
             self._journal.line(f"{connection.peer} {given[0].decode()}: {error.message}")
-            name, text = _API_FAILED[given[0]]
+            name, text = API_FAILED[given[0]]
             busy = error.http_status == 503
             raise OuterError(503 if busy else 500, name, text) from error
-        await _send_json(client, 200, answer, headers)
+        await send_json(client, 200, answer, headers)
+
+    async def _key_config(self, asked: KeyRequest) -> bytes:
+        started = time.monotonic()
+        answer = await self._attester.answer(asked, self._ring.active().config)
+        if asked.model:
+            elapsed = time.monotonic() - started
+            self._journal.meters.attestation.observe(elapsed, self._name)
+        return answer.encode()
 
     async def _about_clients(self, api: bytes, body: OuterBody) -> bytes:
-        data = await _whole(body)
+        data = await whole_body(body)
         if self._judge is None:
             raise FormatError("this egress asks its clients for no evidence")
         if api == API_CHALLENGE:
@@ -251,7 +245,7 @@ class OhttpAcceptor:
         body: OuterBody,
         headers: Sequence[Field],
     ) -> None:
-        if _header(request, b"content-type").partition(b";")[0].strip() != REQUEST_TYPE:
+        if header_of(request, b"content-type").partition(b";")[0].strip() != REQUEST_TYPE:
             raise OuterError(415, "InvalidContentType", "not an encapsulated request")
         receiver, caller = await self._receiver(connection, body)
         stream = TunnelStream(
@@ -359,15 +353,6 @@ class _Connection:
         return self._count
 
 
-_API_FAILED = {
-    API_KEY_CONFIG: (
-        "GenServerHpkeConfigurationResponseFailed", "no evidence for this request can be had",
-    ),
-    API_CHALLENGE: ("ServerVerifyClientGetChallengeTokenFailed", "no challenge can be had"),
-    API_VERIFY: ("ServerVerifyClientFailed", "the evidence was not appraised"),
-}  # fmt: skip
-
-
 async def _carried(stream: RequestStream, backend: Backend, caller: Caller) -> None:
     """Let the backend serve a request; it may not outlive the response for long."""
     carrying = asyncio.ensure_future(backend.carry(stream, caller))
@@ -382,72 +367,3 @@ async def _carried(stream: RequestStream, backend: Backend, caller: Caller) -> N
         await asyncio.gather(carrying, over, return_exceptions=True)
     if not carrying.cancelled() and (error := carrying.exception()):
         raise error
-
-
-async def _whole(body: OuterBody) -> bytes:
-    data = bytearray()
-    while part := await body.some():
-        data += part
-        if len(data) > MAX_JSON:
-            raise LimitExceeded(f"a message of more than {MAX_JSON} bytes")
-    return bytes(data)
-
-
-async def _drain(body: OuterBody) -> None:
-    """Read what is left of a request, so that closing does not take the answer away."""
-    drained = 0
-    with contextlib.suppress(CaiError, TimeoutError):
-        async with asyncio.timeout(DRAIN_S):
-            while (part := await body.some()) and drained < MAX_DRAINED:
-                drained += len(part)
-
-
-async def _send_json(
-    client: ClientConnection, status: int, value: bytes | dict[str, str], extra: Sequence[Field]
-) -> None:
-    body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode("ascii")),
-        (b"cache-control", b"no-store"),
-        *extra,
-    ]
-    reason = HTTPStatus(status).phrase.encode("ascii")
-    await client.send(h11.Response(status_code=status, headers=headers, reason=reason))
-    await client.send(h11.Data(data=body))
-    await client.send(h11.EndOfMessage())
-
-
-def _plain_error(status: int, message: str) -> bytes:
-    body = json.dumps({"code": "BadRequest", "message": message}).encode()
-    head = (
-        f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode("ascii") + body
-
-
-def _header(request: h11.Request, name: bytes) -> bytes:
-    return next((bytes(value) for key, value in request.headers if key == name), b"")
-
-
-def _cors(settings: Cors | None, request: h11.Request) -> list[Field]:
-    """CORS headers of an answer (Fetch standard §3.2); none for an origin that is not named."""
-    origin = _header(request, b"origin")
-    if settings is None or not origin:
-        return []
-    named = origin.decode("ascii", "replace") in settings.origins
-    if not named and "*" not in settings.origins:
-        return []
-    headers = [(b"access-control-allow-origin", origin if named else b"*"), (b"vary", b"Origin")]
-    # A wildcard with credentials would let every site speak as the user.
-    if named and settings.credentials:
-        headers.append((b"access-control-allow-credentials", b"true"))
-    for name, values in (
-        (b"access-control-allow-methods", settings.methods),
-        (b"access-control-allow-headers", settings.headers),
-        (b"access-control-expose-headers", settings.expose),
-    ):
-        if values:
-            headers.append((name, ", ".join(values).encode("ascii", "replace")))
-    return headers

@@ -14,7 +14,8 @@ from cai import jcs
 from cai.errors import PolicyDenied, TooBusy
 from tng.config.trust import Attest, Model
 from tng.ohttp.judge import NO_CHALLENGE
-from tng.ohttp.messages import KeyAnswer, KeyConfig, KeyRequest, client_claims, server_claims
+from tng.ohttp.keyconfig import KeyConfig
+from tng.ohttp.messages import KeyAnswer, KeyRequest, client_claims, server_claims
 from tng.stock.agent import StockAgent
 from tng.stock.certificate import CocoEvidence
 from tng.stock.identity import device_claims

@@ -1,23 +1,21 @@
-"""An ingress's stream over OHTTP: HTTP/1.1 from a client in, one encapsulated exchange per request.
+"""One exchange of an ingress: a request is encapsulated as it comes, and its response opened so.
 
-The client's bytes are parsed as strictly as at the proxy, and its response is written anew. What
-fails before a response has begun is answered in HTTP; after that the stream breaks, because a cut
-response may not look whole.
+A key that the server serves no more is replaced and the request sent again, once, so that rotating
+keys fails no request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable
 from http import HTTPStatus
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import h11
 
-from cai.errors import CaiError, FormatError, LimitExceeded, PeerError, Tampered
+from cai.errors import FormatError, LimitExceeded, PeerError, Tampered
 from tng.config.transport import OhttpClient
-from tng.ingress.http1 import ClientConnection, ClientGone, HeadTooLarge, SlowRequest
+from tng.ingress.http1 import ClientConnection
 from tng.ohttp import fields
 from tng.ohttp.bhttp import (
     Content,
@@ -31,10 +29,8 @@ from tng.ohttp.bhttp import (
 from tng.ohttp.chunked import Opener, RequestSender
 from tng.ohttp.messages import API_TUNNEL, REQUEST_TYPE, RESPONSE_TYPE
 from tng.ohttp.outer import OuterClient, OuterConnection, OuterRefusal, Stale, refusal
-from tng.ohttp.pipe import Pipe
 from tng.ohttp.rewriting import outer_path
 from tng.peers.destination import BadRequest
-from tng.streams import Code, StreamReset
 
 MAX_REPLAY = 16 * 1024 * 1024
 """Most of a request that is kept for a second try under a fresh key, bytes."""
@@ -72,103 +68,16 @@ class Keys(Protocol):
         """A fresh one, after the origin did not know the old one."""
 
 
-class OhttpStream:
-    """The stream that a mode relays.
+class Exchange:
+    """One request of a client.
 
     Args:
+        client: whose it is.
+        request: its head.
         keys: of the origin.
         settings: what is rewritten and copied outside.
     """
 
-    def __init__(self, keys: Keys, settings: OhttpClient) -> None:
-        self._keys = keys
-        self._settings = settings
-        self._in = Pipe()
-        self._out = Pipe()
-        self._error: CaiError | None = None
-        self._running = asyncio.create_task(self._run())
-        self._running.add_done_callback(self._over)
-
-    async def opened(self) -> None:
-        """The key is proven; each request opens its own upstream."""
-
-    async def read(self) -> bytes:
-        """The next bytes of responses.
-
-        Raises:
-            PeerError: the exchange broke.
-        """
-        try:
-            return await self._out.read()
-        except OSError as error:
-            raise self._broken() from error
-
-    async def write(self, data: bytes) -> None:
-        """Bytes of requests.
-
-        Raises:
-            PeerError: no more are taken.
-        """
-        try:
-            self._in.write(data)
-            await self._in.drain()
-        except OSError as error:
-            raise self._broken() from error
-
-    async def accept(self) -> None:
-        """Nothing to tell."""
-
-    async def finish(self) -> None:
-        """The client sends no further request; running ones go on."""
-        self._in.end()
-
-    def reset(self, code: Code = Code.CANCELLED, text: str = "") -> None:
-        """Give up; a running exchange is broken off, so that the engine stops."""
-        if not self._running.done() and not self._running.cancelling():
-            self._error = self._error or StreamReset(code, text)
-            self._running.cancel()
-
-    async def closed(self) -> None:
-        """Wait until nothing runs any more."""
-        await asyncio.gather(self._running, return_exceptions=True)
-
-    @property
-    def over(self) -> bool:
-        """Whether it has ended."""
-        return self._running.done()
-
-    def _broken(self) -> PeerError:
-        if isinstance(self._error, PeerError):
-            return self._error
-        text = self._error.message if self._error else "the exchange ended"
-        return StreamReset(Code.PROTOCOL, text)
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        self._in.abort()
-        if task.cancelled() or task.exception() is not None:
-            self._out.abort()
-        else:
-            self._out.end()
-
-    async def _run(self) -> None:
-        # The parser needs of a socket only what a pipe has.
-        client = ClientConnection(
-            cast("asyncio.StreamReader", self._in), cast("asyncio.StreamWriter", self._out)
-        )
-        try:
-            while (request := await client.next_request()) is not None:
-                await _Exchange(client, request, self._keys, self._settings).run()
-                if not client.reusable:
-                    return
-        except CaiError as error:
-            self._error = error
-            if client.response_started or isinstance(error, ClientGone):
-                self._out.abort()
-                return
-            await client.send_raw(_told(error))
-
-
-class _Exchange:
     def __init__(
         self, client: ClientConnection, request: h11.Request, keys: Keys, settings: OhttpClient
     ) -> None:
@@ -179,6 +88,14 @@ class _Exchange:
         self._events = _Replayable(client)
 
     async def run(self) -> None:
+        """Send the request, pass the response on.
+
+        Raises:
+            BadRequest, SlowRequest: the client's request cannot be carried, or stalls.
+            ClientGone: the client left.
+            CaiError: there is no proven key.
+            PeerError: the peer gives no whole response.
+        """
         request = self._request
         if request.method == b"CONNECT":
             raise BadRequest(
@@ -356,17 +273,3 @@ def _phrase(status: int) -> bytes:
         return HTTPStatus(status).phrase.encode("ascii")
     except ValueError:
         return b""
-
-
-def _told(error: CaiError) -> bytes:
-    own = isinstance(error, (BadRequest, HeadTooLarge, SlowRequest))
-    status = error.http_status if own else HTTPStatus.BAD_GATEWAY
-    if isinstance(error, OuterRefusal) and error.status in (429, 503, 504):
-        status = error.status
-    body = json.dumps({"error": error.to_json()}, ensure_ascii=False).encode() + b"\n"
-    head = (
-        f"HTTP/1.1 {int(status)} {HTTPStatus(status).phrase}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        "connection: close\r\n\r\n"
-    )
-    return head.encode("ascii") + body

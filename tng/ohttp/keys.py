@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from cai.errors import CaiError, FormatError, Refused, from_os_error
 from tng.config.transport import KeyFile, OwnKey
-from tng.ohttp.messages import KeyConfig, base64_text, encode_key_list
+from tng.ohttp.keyconfig import KeyConfig, base64_text, encode_key_list
 from tng.operation.journal import Journal
 
 KEY_ID = 0
@@ -127,21 +127,20 @@ class KeyRing:
     def status(self) -> dict[str, object]:
         """As stock TNG's control interface shows keys."""
         active = self.active()
-        source = "file" if isinstance(self._settings, KeyFile) else "self_generated"
-        return {
-            "key_manager_type": source,
-            "local_keys": [
-                {
-                    "key_id": KEY_ID,
-                    "public_key": key.public.hex(),
-                    "status": "Active" if key is active else "Stale",
-                    "actived_at": int(key.made),
-                    "stale_at": int(key.stale),
-                    "expire_at": int(key.expires),
-                }
-                for key in self._keys
-            ],
-        }
+        shown: list[dict[str, object]] = [
+            {
+                "key_id": KEY_ID,
+                "public_key": key.public.hex(),
+                "status": "Active" if key is active else "Stale",
+                "actived_at": int(key.made),
+                "stale_at": int(key.stale),
+                "expire_at": int(key.expires),
+            }
+            for key in self._keys
+        ]
+        if isinstance(self._settings, KeyFile):
+            return {"key_manager_type": "file", "key": shown[0], "local_keys": shown}
+        return {"key_manager_type": "self_generated", "local_keys": shown}
 
     def _advance(self) -> None:
         now = self._clock()

@@ -6,8 +6,6 @@ JSON members, protobuf fields and the RFC 9458 list are those of stock TNG 2.7 t
 
 from __future__ import annotations
 
-import base64
-import binascii
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from typing import Any, Final
 from cai import jcs
 from cai.attest import ttrpc
 from cai.errors import FormatError, LimitExceeded
-from tng.ohttp.hpke import KDF_ID, KEM_ID, KEY_SIZE, Aead
+from tng.ohttp.hpke import KEY_SIZE
+from tng.ohttp.keyconfig import KeyConfig, base64_text, object_of, unbase64
 from tng.stock.certificate import CocoEvidence
 
 API_HEADER: Final = b"x-tng-ohttp-api"
@@ -36,107 +35,14 @@ MAX_JSON = 16 * 1024 * 1024
 MAX_METADATA = 1024 * 1024
 """Longest metadata before an encapsulated request, bytes (stock allows 32 MiB)."""
 
-MAX_KEY_LIST = 64 * 1024
-"""Longest list of key configurations, bytes."""
-
 MAX_TEXT = 1024
 """Longest name in a message, characters."""
-
-SUITES: Final = (Aead.AES_128_GCM, Aead.CHACHA20_POLY1305)
-"""AEADs as offered, the preferred one first (the order of 2.12)."""
 
 PUBLIC_KEY_CLAIM: Final = "pk_s"
 """Claim that binds a client's HPKE key."""
 
 CHALLENGE_CLAIM: Final = "challenge_token"
 CONFIG_CLAIM: Final = "hpke_key_config"
-
-
-@dataclass(frozen=True, slots=True)
-class KeyConfig:
-    """A server's current key, as its evidence names it.
-
-    Attributes:
-        expires: when it stops being served, Unix seconds.
-        encoded: base64 of the RFC 9458 list, exactly as received: evidence is about this text.
-    """
-
-    expires: int
-    encoded: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The member ``hpke_key_config``."""
-        return {"encoded_key_config_list": self.encoded, "expire_timestamp": self.expires}
-
-    @classmethod
-    def from_json(cls, value: object) -> KeyConfig:
-        """Read the member.
-
-        Raises:
-            FormatError: of another form.
-        """
-        members = _object(value, "key configuration")
-        expires, encoded = members.get("expire_timestamp"), members.get("encoded_key_config_list")
-        if type(expires) is not int or not isinstance(encoded, str):
-            raise FormatError("key configuration: a member is missing or of another kind")
-        return cls(expires, encoded)
-
-    def choose(self) -> tuple[int, bytes, Aead]:
-        """Key id, public key and AEAD to use: the server's first that is served here.
-
-        Raises:
-            FormatError, LimitExceeded: the list is malformed or offers nothing usable.
-        """
-        return choose(unbase64(self.encoded, "key configuration"))
-
-
-def encode_key_list(key_id: int, public: bytes) -> bytes:
-    """One key configuration as an RFC 9458 §3.2 list."""
-    suites = b"".join(struct.pack(">HH", KDF_ID, aead) for aead in SUITES)
-    config = struct.pack(">BH", key_id, KEM_ID) + public + struct.pack(">H", len(suites)) + suites
-    return struct.pack(">H", len(config)) + config
-
-
-def choose(data: bytes) -> tuple[int, bytes, Aead]:
-    """The first usable key of a list.
-
-    Returns:
-        Key id, public key (32 bytes) and AEAD.
-
-    Raises:
-        FormatError, LimitExceeded: the list is malformed or offers nothing usable.
-    """
-    if len(data) > MAX_KEY_LIST:
-        raise LimitExceeded(f"key configuration of {len(data)} bytes, at most {MAX_KEY_LIST}")
-    usable: tuple[int, bytes, Aead] | None = None
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 2])
-        config = data[at + 2 : at + 2 + size]
-        if len(data) < at + 2 or len(config) != size:
-            raise FormatError("key configuration: truncated list")
-        at += 2 + size
-        usable = usable or _usable(config)
-    if usable is None:
-        raise FormatError("key configuration: no key with X25519, HKDF-SHA256 and a served AEAD")
-    return usable
-
-
-def _usable(config: bytes) -> tuple[int, bytes, Aead] | None:
-    if len(config) < 3:
-        raise FormatError("key configuration: truncated")
-    if int.from_bytes(config[1:3]) != KEM_ID:
-        return None
-    public, rest = config[3 : 3 + KEY_SIZE], config[3 + KEY_SIZE :]
-    size = int.from_bytes(rest[:2])
-    suites = rest[2:]
-    if len(public) != KEY_SIZE or len(rest) < 2 or len(suites) != size or size % 4:
-        raise FormatError("key configuration: truncated")
-    for place in range(0, size, 4):
-        kdf, aead = struct.unpack_from(">HH", suites, place)
-        if kdf == KDF_ID and aead in tuple(Aead):
-            return config[0], public, Aead(aead)
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +73,11 @@ class KeyRequest:
         Raises:
             FormatError, LimitExceeded: of another form.
         """
-        value = _object(jcs.parse(data, what="key-config request", limit=MAX_JSON), "key-config")
+        value = object_of(jcs.parse(data, what="key-config request", limit=MAX_JSON), "key-config")
         asked = value.get("attestation_request")
         if asked is None:
             return cls()
-        members = _object(asked, "attestation_request")
+        members = object_of(asked, "attestation_request")
         model, challenge = members.get("model"), members.get("challenge_token", "")
         if model not in ("background_check", "passport") or not isinstance(challenge, str):
             raise FormatError("key-config request: of another form")
@@ -208,12 +114,12 @@ class KeyAnswer:
         Raises:
             FormatError, LimitExceeded: of another form.
         """
-        value = _object(jcs.parse(data, what="key-config answer", limit=MAX_JSON), "key-config")
+        value = object_of(jcs.parse(data, what="key-config answer", limit=MAX_JSON), "key-config")
         config = KeyConfig.from_json(value.get(CONFIG_CLAIM))
         info = value.get("attestation_info")
         if info is None:
             return cls(config)
-        members = _object(info, "attestation_info")
+        members = object_of(info, "attestation_info")
         if members.get("model") == "passport":
             return cls(config, token=_text(members, "attestation_result"))
         if members.get("model") == "background_check":
@@ -240,7 +146,7 @@ def parse_evidence(value: object) -> CocoEvidence:
     Raises:
         FormatError: of another form, or of another hash than SHA-384.
     """
-    members = _object(value, "evidence")
+    members = object_of(value, "evidence")
     if members.get("aa_runtime_data_hash_algo") != "sha384":
         raise FormatError("evidence: only SHA-384 is accepted")
     additional = members.get("aa_additional_evidence")
@@ -318,23 +224,6 @@ class Metadata:
         return cls(hint, token.decode("ascii"), public)
 
 
-def unbase64(text: str, what: str) -> bytes:
-    """Standard base64.
-
-    Raises:
-        FormatError: it is none.
-    """
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise FormatError(f"{what}: not base64") from error
-
-
-def base64_text(data: bytes) -> str:
-    """Standard base64, padded."""
-    return base64.b64encode(data).decode("ascii")
-
-
 def _fields(data: bytes) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     for number, value in ttrpc.read_fields(data):
@@ -342,12 +231,6 @@ def _fields(data: bytes) -> dict[int, bytes]:
             raise FormatError("metadata: a field is repeated or of another kind")
         found[number] = value
     return found
-
-
-def _object(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(f"{what}: expected an object")
-    return value
 
 
 def _text(members: Mapping[str, Any], name: str) -> str:

@@ -24,16 +24,8 @@ from tests.tng.ohttp.world import (
 )
 from tng.ohttp.bhttp import encode_content, encode_end, encode_request
 from tng.ohttp.chunked import Header, RequestSender
-from tng.ohttp.messages import (
-    MAX_METADATA,
-    KeyAnswer,
-    KeyConfig,
-    Metadata,
-    base64_text,
-    choose,
-    encode_key_list,
-    unbase64,
-)
+from tng.ohttp.keyconfig import KeyConfig, base64_text, choose, encode_key_list, unbase64
+from tng.ohttp.messages import MAX_METADATA, KeyAnswer, Metadata
 
 pytestmark = pytest.mark.anyio
 

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from cai.attest import ttrpc
 from cai.errors import CaiError, FormatError, LimitExceeded
 from tng.ohttp.hpke import Aead
+from tng.ohttp.keyconfig import MAX_KEY_LIST, KeyConfig, choose, encode_key_list
 from tng.ohttp.messages import (
-    MAX_KEY_LIST,
     MAX_METADATA,
     KeyAnswer,
-    KeyConfig,
     KeyRequest,
     Metadata,
-    choose,
-    encode_key_list,
     evidence_json,
     parse_evidence,
     server_claims,
