@@ -8,8 +8,8 @@ import contextlib
 from cai.errors import PeerError
 from tng.streams import ByteStream, Code
 
-CHUNK = 64 * 1024
-"""Most bytes that are read from the plain side at once."""
+CHUNK = 64 * 1024 - 32
+"""Most bytes that are read from the plain side at once: four full frames of cai/1."""
 
 
 async def relay(

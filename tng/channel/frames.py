@@ -179,26 +179,33 @@ class FrameDecoder:
         Raises:
             FormatError: a frame breaks the table of spec-channel §3. The session must end then.
         """
-        self._buffer += data
+        # Mostly nothing is held, and then nothing is copied but the payloads.
+        held = bool(self._buffer)
+        if held:
+            self._buffer += data
+        buffer: bytes | bytearray = self._buffer if held else data
         frames: list[Frame] = []
         offset = 0
-        while len(self._buffer) - offset >= HEADER_SIZE:
-            kind = _frame_type(self._buffer[offset])
-            length = int.from_bytes(self._buffer[offset + 1 : offset + 4], "big")
-            stream = int.from_bytes(self._buffer[offset + 4 : offset + 8], "big")
+        while len(buffer) - offset >= HEADER_SIZE:
+            kind = _frame_type(buffer[offset])
+            length = int.from_bytes(buffer[offset + 1 : offset + 4], "big")
+            stream = int.from_bytes(buffer[offset + 4 : offset + 8], "big")
             # Before the payload is waited for, so that no header can announce a huge one.
             _demand_shape(kind, length, stream)
             end = offset + HEADER_SIZE + length
-            if len(self._buffer) < end:
+            if len(buffer) < end:
                 break
-            payload = bytes(self._buffer[offset + HEADER_SIZE : end])
+            payload = bytes(buffer[offset + HEADER_SIZE : end])
             offset = end
             if kind is FrameType.PAD:
                 if payload.strip(b"\x00"):
                     raise FormatError("PAD frame with bytes that are not zero")
                 continue
             frames.append(Frame(kind, stream, payload))
-        del self._buffer[:offset]
+        if held:
+            del self._buffer[:offset]
+        elif offset < len(data):
+            self._buffer += data[offset:]
         return frames
 
     @property

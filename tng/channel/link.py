@@ -95,13 +95,13 @@ class Link:
                 self._frames.extend(self._decoder.feed(plaintext))
         await asyncio.Event().wait()
 
-    async def send(self, frame: Frame) -> None:
-        """Send a frame and wait until the socket takes more.
+    async def send(self, *frames: Frame) -> None:
+        """Send frames and wait until the socket takes more.
 
         Raises:
             PeerError: the session has ended.
         """
-        self._put(frame)
+        self._put(*frames)
         await self._pipe.drain()
 
     def send_soon(self, frame: Frame) -> None:
@@ -130,11 +130,12 @@ class Link:
         """Drop the socket at once."""
         self._pipe.abort()
 
-    def _put(self, frame: Frame) -> None:
-        data = encode(frame)
-        if self._padding and frame.type is FrameType.DATA:
-            data += padding_for(len(data))
-        self._pipe.put(data)
+    def _put(self, *frames: Frame) -> None:
+        parts = [encode(frame) for frame in frames]
+        if self._padding and frames[-1].type is FrameType.DATA:
+            # All before the last one are of full size, which needs no padding.
+            parts.append(padding_for(len(parts[-1])))
+        self._pipe.put(b"".join(parts))
 
 
 async def dial(

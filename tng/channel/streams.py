@@ -30,6 +30,9 @@ from tng.streams import Code, StreamReset
 STREAM_WINDOW = 256 * 1024
 """Credit that each direction of a stream starts with, bytes."""
 
+MAX_BURST = 8 * MAX_DATA
+"""Most bytes of one stream that are sent before another one has its turn."""
+
 MAX_STREAMS = 256
 """Most streams open at once in a session."""
 
@@ -90,8 +93,10 @@ class Stream:
                 return b""
             self._readable.clear()
             await self._readable.wait()
-        data = self._inbox.popleft()
-        self._inbox_size -= len(data)
+        # All that waits at once: one write to the plain side instead of one for each frame.
+        data = self._inbox.popleft() if len(self._inbox) == 1 else b"".join(self._inbox)
+        self._inbox.clear()
+        self._inbox_size = 0
         self._consumed += len(data)
         if self._consumed >= STREAM_WINDOW // 2 and not self._peer_finished and not self._error:
             amount, self._consumed = self._consumed, 0
@@ -111,10 +116,14 @@ class Stream:
                 await self._writable.wait()
             if self._error:
                 raise self._error
-            piece = data[offset : offset + min(self._credit, MAX_DATA)]
-            self._credit -= len(piece)
-            offset += len(piece)
-            await self._channel.send(Frame(FrameType.DATA, self.number, piece))
+            end = min(len(data), offset + self._credit, offset + MAX_BURST)
+            self._credit -= end - offset
+            frames = [
+                Frame(FrameType.DATA, self.number, data[start : min(start + MAX_DATA, end)])
+                for start in range(offset, end, MAX_DATA)
+            ]
+            offset = end
+            await self._channel.send(*frames)
 
     async def accept(self) -> None:
         """Tell the client that the upstream is connected (server)."""
@@ -247,15 +256,15 @@ class Channel:
             raise
         return stream
 
-    async def send(self, frame: Frame) -> None:
-        """Send a frame of a stream.
+    async def send(self, *frames: Frame) -> None:
+        """Send frames of a stream.
 
         Raises:
             PeerError: the session has ended.
         """
         if self._error:
             raise self._error
-        await self._link.send(frame)
+        await self._link.send(*frames)
 
     def send_soon(self, frame: Frame) -> None:
         """Send a control frame of a stream without waiting; a session that ended takes none."""

@@ -150,7 +150,7 @@ class TlsSession:
             try:
                 parts.append(self._tls.recv(_READ_SIZE))
             except SSL.WantReadError:
-                return b"".join(parts)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
             except SSL.ZeroReturnError as error:
                 self.ended = True
                 if parts:
@@ -178,11 +178,13 @@ class TlsSession:
         parts: list[bytes] = []
         while True:
             try:
-                parts.append(self._tls.bio_read(_READ_SIZE))
-            except SSL.WantReadError:
-                return b"".join(parts)
+                part = self._tls.bio_read(_READ_SIZE)
             except SSL.Error:
                 return b"".join(parts)
+            parts.append(part)
+            # A short one was the last; asking again costs an exception.
+            if len(part) < _READ_SIZE:
+                return part if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
         """Make a close_notify, if the session can still say so."""
