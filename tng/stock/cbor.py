@@ -97,7 +97,7 @@ def _decode(data: bytes, at: int, depth: int) -> tuple[Value, int]:
     if major == 6:
         inner, at = _decode(data, at, depth + 1)
         return Tagged(number, inner), at
-    if number > MAX_ITEMS:
+    if major in (4, 5) and number > MAX_ITEMS:
         raise LimitExceeded(f"CBOR: more than {MAX_ITEMS} members")
     if major == 4:
         items: list[Value] = []

@@ -139,10 +139,10 @@ class MultiplexStream:
         self._inbox.append((data, credit))
         self._readable.set()
 
-    def answered(self, status: int) -> None:
+    def answered(self, *, accepted: bool) -> None:
         """The server's answer (from the connection)."""
-        if status != 200:
-            self.fail(StreamReset(Code.UPSTREAM, f"the peer answers {status} to CONNECT"))
+        if not accepted:
+            self.fail(StreamReset(Code.UPSTREAM, "the peer refuses the stream"))
         self._answered.set()
 
     def ended(self) -> None:
@@ -192,6 +192,10 @@ class Multiplex:
                 h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST,
             },
         )
+        # The library applies such limits when the peer acknowledges a change; from the start there
+        # is none to acknowledge.
+        self._http.max_inbound_frame_size = MAX_FRAME
+        self._http.decoder.max_header_list_size = MAX_HEADER_LIST
         self._http.initiate_connection()
         self._http.increment_flow_control_window(CONNECTION_WINDOW - 65535)
         self._reading = asyncio.create_task(self._read())
@@ -296,7 +300,7 @@ class Multiplex:
                 self._flush()
         except CaiError as ended:
             error = ended
-        except h2.exceptions.H2Error as broken:
+        except (h2.exceptions.H2Error, UnicodeDecodeError) as broken:
             error = PeerError(f"the peer breaks HTTP/2: {type(broken).__name__}")
             with contextlib.suppress(PeerError):
                 self._flush()
@@ -325,8 +329,7 @@ class Multiplex:
         elif stream_of is None:
             return
         elif isinstance(event, h2.events.ResponseReceived):
-            status = _header(event.headers, ":status")
-            stream_of.answered(int(status) if status.isdigit() else 0)
+            stream_of.answered(accepted=_header(event.headers, ":status") == "200")
         elif isinstance(event, h2.events.StreamEnded):
             stream_of.ended()
         elif isinstance(event, h2.events.StreamReset):

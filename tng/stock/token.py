@@ -38,6 +38,9 @@ MIN_RSA_BITS = 2048
 EAR_CLAIMS: Final = ("submods", "cpu0", "ear.veraison.annotated-evidence", "runtime_data_claims")
 """Where an EAR token holds the claims that the evidence is bound to."""
 
+MAX_SUBMODS = 64
+"""Most submodules of one token."""
+
 OLD_CLAIMS: Final = ("customized_claims", "runtime_data")
 """Where Trustee's older tokens hold them."""
 
@@ -215,9 +218,11 @@ def _statuses(token: Token) -> Iterator[Check]:
             reason="the token appraises nothing",
         )
         return
-    if not submods:
-        yield check("as.appraisal", passed=False, reason="the token appraises nothing")
-    for name, submod in list(submods.items())[:64]:
+    if not 0 < len(submods) <= MAX_SUBMODS:
+        yield check("as.appraisal", passed=False, observed=f"{len(submods)} submodules",
+                    reason="the token appraises nothing, or too much")  # fmt: skip
+        return
+    for name, submod in submods.items():
         status = submod.get("ear.status") if isinstance(submod, dict) else None
         yield check(
             f"as.appraisal.{name}",
