@@ -17,6 +17,7 @@ from tests.tng.ohttp.world import (
     Pair,
     ask_once,
     meddler,
+    outer,
     pair,
     post,
     read_any,
@@ -50,12 +51,6 @@ class Engine:
 @pytest.fixture
 def engine() -> Engine:
     return Engine()
-
-
-def outer(api: str, body: bytes, *, method: str = "POST", kind: str = "application/json") -> bytes:
-    head = f"{method} / HTTP/1.1\r\nhost: e\r\ncontent-type: {kind}\r\n"
-    head += f"x-tng-ohttp-api: {api}\r\n" if api else ""
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def key_of(made: Pair) -> tuple[RequestSender, bytes]:

@@ -107,10 +107,6 @@ async def pair(
         yield made
 
 
-Change = Callable[[bytes, int], bytes]
-"""Given bytes of one direction and their number in it, what is passed on."""
-
-
 def meddler(
     change: Callable[[bytes, bytes], Awaitable[tuple[bytes, bytes]]],
 ) -> Callable[[int], contextlib.AbstractAsyncContextManager[int]]:
@@ -176,3 +172,8 @@ def status_of(answer: bytes) -> int:
     return int(answer.split(b" ")[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 
+def outer(api: str, body: bytes, *, method: str = "POST", kind: str = "application/json") -> bytes:
+    """An outer request for an API."""
+    head = f"{method} / HTTP/1.1\r\nhost: e\r\ncontent-type: {kind}\r\n"
+    head += f"x-tng-ohttp-api: {api}\r\n" if api else ""
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
