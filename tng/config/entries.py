@@ -180,6 +180,11 @@ def _egress(entry: Section, index: int, notes: Notes) -> Egress:
     remote = entry.flag("unsafe_remote_upstream", default=False)
     padding = _padding(entry)
     guard = parse_guard(entry.section("guard"), notes)
+    if guard is not None and direct:
+        raise SettingError(
+            f"{entry.where}: direct_forward would lead around the guard",
+            hint="name the paths in guard.paths, and let clients come through an ingress",
+        )
     entry.finish()
     if isinstance(mode, Mapping) and not remote:
         _demand_local(mode, entry.where, notes)

@@ -38,6 +38,9 @@ RESPONSE_S = 1800
 DRAIN_S = 60
 """How long running requests may go on after SIGTERM, seconds."""
 
+MAX_DRAIN_S = 300
+"""Largest ``drain_s``, seconds: that of a lease."""
+
 MAX_SECONDS = 24 * 3600
 """Largest time of any kind, seconds."""
 
@@ -147,7 +150,7 @@ def parse_guard(section: Section | None, notes: Notes) -> Guard | None:
         ),
         request_s=_seconds(section, "request_timeout_s", REQUEST_S),
         response_s=_seconds(section, "response_timeout_s", RESPONSE_S),
-        drain_s=_seconds(section, "drain_s", DRAIN_S),
+        drain_s=_seconds(section, "drain_s", DRAIN_S, most=MAX_DRAIN_S),
         health_path=_health_path(health),
         health_interval_s=_seconds(health, "interval_s", HEALTH_INTERVAL_S)
         if health
@@ -260,8 +263,8 @@ def _file(section: Section, name: str) -> Path | None:
     return path
 
 
-def _seconds(section: Section, name: str, default: int) -> int:
-    return section.integer(name, default, least=1, most=MAX_SECONDS, unit="seconds")
+def _seconds(section: Section, name: str, default: int, *, most: int = MAX_SECONDS) -> int:
+    return section.integer(name, default, least=1, most=most, unit="seconds")
 
 
 def _health_path(section: Section | None) -> str:

@@ -118,6 +118,10 @@ class GuardBackend:
             # The answer is not whole, and only a broken stream says so.
             stream.reset(Code.UPSTREAM, "the answer broke off")
             self._journal.line(f"{caller.name} ended: {error.message}")
+        except Exception as error:
+            # A fault of our own ends one stream; its text may quote a request.
+            stream.reset(Code.INTERNAL)
+            self._journal.line(f"{caller.name} fault of our own: {type(error).__name__}")
         finally:
             await server.close()
 
@@ -125,7 +129,10 @@ class GuardBackend:
         """One request; whether another may follow."""
         told = _Told()
         try:
-            request = await self._next(server)
+            try:
+                request = await self._next(server)
+            except ClientGone:
+                return False
             if request is None:
                 return False
             told.started, told.method = time.monotonic(), request.method
@@ -173,15 +180,15 @@ class GuardBackend:
         charge = _Charge(self, identity, route)
         outcome = charge.outcome
         try:
-            if server.waits_for_continue:
-                await server.send(h11.InformationalResponse(status_code=100, headers=[]))
-            received, judged = await desk.body(request, route, server, identity)
-            charge.size = len(received)
-            if record:
-                record.asked(received, judged.data if judged else b"")
-            lease = await self._connect()
-            exchange = Exchange(server, lease, record, desk.guard.response_s)
-            await exchange.run(request, route, judged, outcome)
+            with desk.holding(request, route):
+                received, judged = await desk.body(route, server, identity)
+                charge.size = len(received)
+                if record:
+                    record.asked(received, judged.data if judged else b"")
+                del received
+                lease = await self._connect()
+                exchange = Exchange(server, lease, record, desk.guard.response_s)
+                await exchange.run(request, route, judged, outcome)
             told.status = outcome.status
         finally:
             charge.settle()

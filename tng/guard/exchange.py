@@ -129,13 +129,18 @@ class Exchange:
             self._record.whole = True
 
     async def _ask(self, request: Incoming, route: Route, judged: Judged | None) -> None:
-        headers = [("host", "localhost"), ("connection", "close")]
-        headers += [(name, value) for name in _TO_BACKEND if (value := request.header(name))]
+        headers = [(b"host", b"localhost"), (b"connection", b"close")]
+        headers += [
+            (name.encode("ascii"), value.encode("latin-1"))
+            for name in _TO_BACKEND
+            if (value := request.header(name))
+        ]
         events: list[h11.Event] = []
         if judged is not None:
             headers += [
-                ("content-type", "application/json"), ("content-length", str(len(judged.data))),
-            ]  # fmt: skip
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(judged.data)).encode("ascii")),
+            ]
             events.append(h11.Data(data=judged.data))
         events.append(h11.EndOfMessage())
         start = h11.Request(method=route.method, target=route.path, headers=headers)

@@ -85,7 +85,7 @@ class StreamServer:
 
         Raises:
             GuardRefused: the client is to be told, and the stream ends.
-            CaiError: the stream broke.
+            ClientGone: the stream broke.
         """
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=self._head_bytes)
         self.response_started = False
@@ -242,7 +242,7 @@ class StreamServer:
 
     async def _more(self) -> bool:
         if self._error is not None:
-            raise self._error
+            raise ClientGone("the client's stream broke") from self._error
         if self._ended:
             return False
         before = len(self._buffer)
@@ -251,7 +251,7 @@ class StreamServer:
             self._arrived.clear()
             await self._arrived.wait()
         if self._error is not None:
-            raise self._error
+            raise ClientGone("the client's stream broke") from self._error
         return len(self._buffer) > before
 
     async def _read_on(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
-from cai.errors import CaiError
+from cai.errors import CaiError, PeerError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -55,6 +55,8 @@ def as_refusal(error: CaiError) -> GuardRefused:
     """Any error of a request as an answer; what is not the client's fault tells no details."""
     if isinstance(error, GuardRefused):
         return error
+    if isinstance(error, PeerError):
+        return GuardRefused(502, "bad_gateway", "the backend's answer broke off")
     if error.http_status in (400, 408, 413, 431):
         return GuardRefused(error.http_status, error.machine_code, error.message)
     return GuardRefused(500, "internal_error", "the gateway failed")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from cai.errors import CaiError, PeerUnreachable
 from tng.config.addresses import Upstream
 from tng.egress.upstreams import connect_upstream
+from tng.streams import Backend
 
 BACKEND_KEPT_S = 5.0
 """How long it is believed that a backend answers, or that it does not, seconds."""
@@ -81,6 +82,15 @@ class Readiness:
                 raise last
 
         self._watched.append(_Watched(name, answers, BACKEND_KEPT_S, BACKEND_KEPT_S))
+
+    def needs_health(self, name: str, backend: Backend) -> None:
+        """One of its upstreams must have passed its last health check."""
+
+        async def lives() -> None:
+            if not backend.ready:
+                raise PeerUnreachable("no backend passes its health check")
+
+        self._watched.append(_Watched(name, lives, 0.0, 0.0))
 
     def needs_evidence(self, name: str, probe: Probe) -> None:
         """The agent must prove."""

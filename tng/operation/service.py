@@ -251,6 +251,8 @@ class Gateway:
         for rule in entry.mode.rules:
             backend = self._backend(entry, rule)
             self._readiness.needs_backend(entry.name, rule.targets)
+            if entry.guard is not None:
+                self._readiness.needs_health(entry.name, backend)
             serve = functools.partial(acceptor.serve, backend=backend)
             if isinstance(acceptor, DirectForward):
                 serve = functools.partial(acceptor.serve, backend=backend, targets=rule.targets)

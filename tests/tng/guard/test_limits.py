@@ -25,7 +25,7 @@ from tests.tng.gateways import (
 from tests.tng.guard.guarded import CHAT, Engine, guard_of, guarded, plain
 from tng.config.guard import RESPONSE_S, Guard
 from tng.config.load import load_content
-from tng.guard import limits
+from tng.guard import desk, limits
 from tng.guard.addresses import may_connect
 from tng.guard.limits import Ledger, Limits
 from tng.guard.refusals import GuardRefused, error_headers
@@ -151,6 +151,29 @@ async def test_concurrent_requests_end_however_they_end(tmp_path: Path) -> None:
         assert bench.desk.ledger.running == 0
 
 
+async def test_bodies_in_memory_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "MAX_HELD_MIB", 1)
+    engine = Engine()
+    async with guarded(tmp_path, engine) as bench:
+        client = bench.connect()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        client.send(head.encode() + b"content-length: 1000000\r\n\r\n")
+        async with asyncio.timeout(5):
+            while not bench.desk._held:
+                await asyncio.sleep(0.01)
+            found = await bench.ask(raw=b" " * 60_000)
+            assert (found.status, found.error["code"]) == (503, "overloaded")
+            assert found.headers["retry-after"] == "1"
+            client.leave()
+            await client.task
+        assert (await bench.ask()).status == 200
+        async with asyncio.timeout(5):
+            while bench.desk._held:
+                await asyncio.sleep(0.01)
+
+
 def test_a_time_to_wait_is_a_whole_number_of_seconds() -> None:
     for wait, shown in ((0.0, b"1"), (0.2, b"1"), (1.01, b"2"), (61.0, b"61")):
         headers = dict(error_headers(GuardRefused(429, "x", "x", retry_after_s=wait), 0))
@@ -252,6 +275,7 @@ def test_paths_may_be_named() -> None:
     {"limits": {"requests": 1}}, {"limits": {"requests_per_minute": -1}},
     {"limits": {"tokens_per_minute": "1"}}, {"unknown_fields": "ignore"}, {"max_body_mib": 0},
     {"max_body_mib": 1000}, {"max_head_kib": 65}, {"max_requests": 0}, {"drain_s": 0},
+    {"drain_s": 301},
     {"response_timeout_s": 0}, {"response_timeout_s": True}, {"health": {"path": "health"}},
     {"health": {"path": "/health", "more": 1}}, {"health": {"interval_s": 0}}, {"receipts": "no"},
     {"jwt": {}}, {"jwt": {"jwks": "/j", "issuer": "i"}}, {"unsafe_remote_media": 1},
@@ -271,6 +295,11 @@ def test_a_guard_belongs_to_an_egress() -> None:
     found = load_content(json.dumps(egress_config({"unix": "/run/x.sock"}, guard={})))
     assert isinstance(found.egress[0].guard, Guard)
     assert any("neither tokens nor jwt" in note.text for note in found.notes)
+    plain = egress_config(
+        {"unix": "/run/x.sock"}, guard={}, direct_forward=[{"http_path": "/health"}], ohttp={}
+    )
+    with pytest.raises(SettingError, match="around the guard"):
+        load_content(json.dumps(plain))
     ingress = proxy_config({"as_type": "builtin", "policy": "/p"})
     ingress["add_ingress"][0]["guard"] = {}  # type: ignore[index]
     with pytest.raises(SettingError):

@@ -13,6 +13,7 @@ import pytest
 from tests.tng.guard.guarded import CHAT, PROMPT, Engine, guarded, request
 from tng.guard import http
 from tng.guard.routes import INFERENCE
+from tng.streams import Code
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +43,38 @@ async def test_a_request_reaches_the_engine_written_anew(tmp_path: Path) -> None
     assert b"user-agent: test" in head
     for word in (b"cookie", b"x-data-parallel-rank", b"authorization", b"beta"):
         assert word not in head
+
+
+async def test_headers_beyond_ascii_pass_as_they_are(tmp_path: Path) -> None:
+    engine = Engine()
+    async with guarded(tmp_path, engine) as bench:
+        assert (await bench.ask(headers={"user-agent": "t\u00e9st", "accept": "*/*"})).status == 200
+        assert (await bench.ask(headers={"accept": "a", "Accept": "b"})).status == 400
+    assert "user-agent: t\u00e9st".encode() in engine.heads[0].lower()
+
+
+async def test_a_fault_of_our_own_ends_one_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guarded(tmp_path) as bench:
+        monkeypatch.setattr(bench.desk, "route", lambda _request: 1 // 0)
+        client = bench.connect()
+        client.send(request())
+        await client.task
+        assert client.stream.reset_code is Code.INTERNAL
+        assert "fault of our own: ZeroDivisionError" in bench.log.getvalue()
+        monkeypatch.undo()
+        assert (await bench.ask()).status == 200
+
+
+async def test_an_idle_stream_that_breaks_is_no_request(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as bench:
+        client = bench.connect()
+        await client.ask()
+        client.stream.reset_code = Code.CANCELLED
+        client.leave()
+        await client.task
+        assert bench.log.getvalue().count("->") == 1
 
 
 async def test_two_callers_with_one_prompt_get_different_salts(tmp_path: Path) -> None:
