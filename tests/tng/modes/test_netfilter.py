@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tng.modes.namespaces import SECRET, Space, World, kill, unavailable, until, world
+from tests.tng.modes.namespaces import (
+    SECRET,
+    SERVICE,
+    Space,
+    World,
+    kill,
+    unavailable,
+    until,
+    world,
+)
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 
@@ -393,6 +402,51 @@ def test_only_processes_of_a_cgroup_are_captured(
             kill(gateway, signal.SIGTERM)
         assert "served" not in ask_from(cgroups / "in")
         assert "served" in net.client.ask(net.guest.v6, PORT)
+
+
+def test_services_of_a_cgroup_are_captured_whatever_their_port(
+    net: World, tmp_path: Path, cgroups: Path
+) -> None:
+    mode = {"capture_cgroup": ["/cai-test"], "nocapture_cgroup": ["/cai-test/out"]}
+    config = {"add_egress": [{"netfilter": mode, "no_ra": True}]}
+    mounted = ("sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
+    into = 'mount -t cgroup2 none /sys/fs/cgroup && echo $$ > /sys/fs/cgroup/$1/cgroup.procs'
+    ports = {"cai-test/in": 8091, "cai-test/out": 8092, ".": 8093}
+    with contextlib.ExitStack() as stack:
+        for group, port in ports.items():
+            stack.enter_context(net.guest.process(
+                "sh", "-c", f'{into} && shift && exec "$@"', "sh", group,
+                sys.executable, "-c", SERVICE, str(port), str(tmp_path / "seen"),
+            ))  # fmt: skip
+        with net.guest.tng(config, tmp_path / "g.log", *mounted) as gateway:
+            assert all(REFUSED in told for told in net.client.both(net.guest, 8091, wait_s=15))
+            for port in (8092, 8093):
+                assert net.client.both(net.guest, port, wait_s=15) == [ANSWER, ANSWER]
+            kill(gateway)
+        assert net.client.both(net.guest, 8091) == ["", ""]
+        net.guest.without_capture()
+        assert net.client.both(net.guest, 8091) == ["", ""]
+        assert net.client.both(net.guest, 8092, wait_s=15) == [ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--port", "0"],
+        ["--port", "65536"],
+        ["--port", "80", "--config-content", json.dumps(EGRESS)],
+        ["--config-content", '{"add_ingress":[{"http_proxy":{"proxy_listen":{"port":1}},'
+         '"no_ra":true}]}'],
+    ],
+)  # fmt: skip
+def test_a_guard_of_nothing_is_a_usage_error(net: World, options: list[str]) -> None:
+    command = [sys.executable, "-m", "tng", "netfilter", "guard", *options]
+    done = subprocess.run(
+        ["ip", "netns", "exec", net.guest.name, *command], capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert net.guest.tables() == set()
 
 
 ASK_ONE = """
