@@ -39,6 +39,7 @@ from cai.attest.tdx.pck import parse_sgx_extension
 from cai.attest.tdx.quote import parse_header, parse_quote
 from cai.attest.tdx.verify import verify_quote
 from cai.errors import CaiError
+from tests.fuzz.ohttp import OHTTP
 from tng.channel.frames import Frame, FrameDecoder, FrameType, encode
 from tng.channel.hello import offered_protocols
 from tng.stock import cbor
@@ -264,6 +265,7 @@ TARGETS: Mapping[str, Target] = {
     "token": token,
     "hello": hello,
     "frames": frames,
+    **{name: target for name, (target, _seeds) in OHTTP.items()},
 }
 """Every target by its name on the command line."""
 
@@ -298,6 +300,8 @@ def corpus(name: str) -> tuple[bytes, ...]:
         "frames": (encode(Frame(FrameType.DATA, 1, b"hello")) * 2,),
         "rcar-challenge": (jcs.canonical(rcar.Challenge.for_nonce(bytes(32)).to_json()),),
     }
+    if name in OHTTP:
+        return OHTTP[name][1]
     return known.get(name, (b"{}", b"\x00" * 16))
 
 
