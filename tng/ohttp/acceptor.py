@@ -268,7 +268,7 @@ class OhttpAcceptor:
             raise OuterError(403, "RejectNonTngRequest", error.message) from error
         address = connection.address if self._settings.forward_client_ip else ""
         stream = ClearStream(connection.client, request, body, address=address)
-        caller = Caller(f"{connection.peer} in clear", connection.session)
+        caller = Caller(f"{connection.peer} in clear", secrets.token_hex(8))
         await self._carry(connection, stream, caller)
 
     async def _carry(
@@ -309,11 +309,16 @@ class OhttpAcceptor:
             self._journal.line(f"{connection.peer}: {error.message}")
             status = 403 if error.http_status in (401, 403) else 502
             raise OuterError(status, "ClientRefused", "the client is not proven") from error
-        session = sha256(metadata.token.encode()).hexdigest()[:16] if metadata.token else ""
-        attested = sha256(metadata.public).hexdigest() if self._judge else ""
-        number = connection.count()
-        return receiver, Caller(
-            f"{connection.peer} request {number}", session or connection.session, attested
+        return receiver, self._caller(connection, metadata.public)
+
+    def _caller(self, connection: _Connection, public: bytes) -> Caller:
+        # A load balancer's connection carries requests of many, so it tells nobody apart; a key
+        # does, because nobody else can send with it, whether or not it was to be attested.
+        key = sha256(public).hexdigest() if public else ""
+        return Caller(
+            f"{connection.peer} request {connection.count()}",
+            key[:16] or secrets.token_hex(8),
+            key if self._judge is not None else "",
         )
 
     async def _unfinished(self, connection: _Connection, stream: RequestStream) -> None:
@@ -344,7 +349,6 @@ class _Connection:
         self.peer = peer
         self.address = address
         self.backend = backend
-        self.session = secrets.token_hex(8)
         self._count = 0
 
     def count(self) -> int:

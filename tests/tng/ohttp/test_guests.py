@@ -288,6 +288,28 @@ async def test_the_guard_stands_before_the_backend(tmp_path: Path) -> None:
     assert status_of(other) in (403, 404)
 
 
+@pytest.mark.parametrize("mutual", [False, True], ids=["unproven", "proven"])
+async def test_callers_share_no_prompt_cache_because_they_share_a_connection(
+    tmp_path: Path, mutual: bool
+) -> None:
+    """Outer connections are pooled here and by load balancers: only a proven key is a caller."""
+    salts: list[str] = []
+
+    async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, body = await read_any(reader)
+        if body:
+            salts.append(json.loads(body)["cache_salt"])
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    prompt = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    request = post("/v1/chat/completions", prompt, "content-type: application/json")
+    async with pair(tmp_path, engine, egress={"guard": {}}, mutual=mutual) as made:
+        for _ in range(2):
+            assert status_of(await talk(made.ingress, request)) == 200
+    assert (salts[0] == salts[1]) is mutual
+
+
 async def test_logs_hold_nothing_of_a_request(tmp_path: Path) -> None:
     async with pair(tmp_path) as made:
         secret = post("/v1/SECRETPATH?q=SECRETQUERY", b"SECRETBODY", "x-s: SECRETH")
