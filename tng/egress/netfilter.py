@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tng.config.addresses import Endpoint, Rule, TcpUpstream
 from tng.config.modes import Netfilter
 from tng.egress.direct import DirectForward
 from tng.netfilter.original import demand_captured, is_local, original_destination
 from tng.operation.journal import Journal, endpoint_text
-from tng.peers.destination import DestinationRefused
+from tng.peers.destination import Destination, DestinationRefused, demand_address
 from tng.streams import Acceptor, Backend
 
 MAX_BACKENDS = 1024
@@ -32,6 +32,7 @@ class CapturedService:
         acceptor: its end of the dialects.
         make_backend: gives the backend of a service.
         remote: whether the service may be elsewhere.
+        own: gives the addresses that this gateway listens on.
         journal: where its lines go.
     """
 
@@ -43,6 +44,7 @@ class CapturedService:
         make_backend: Callable[[Rule], Backend],
         *,
         remote: bool,
+        own: Callable[[], Iterable[tuple[str, int]]],
         journal: Journal,
     ) -> None:
         self._name = name
@@ -50,6 +52,7 @@ class CapturedService:
         self._acceptor = acceptor
         self._make_backend = make_backend
         self._remote = remote
+        self._own = own
         self._journal = journal
         self._backends: dict[TcpUpstream, Backend] = {}
 
@@ -73,8 +76,7 @@ class CapturedService:
             return self._backends[target]
         demand_captured(self._mode, target)
         address = ipaddress.ip_address(target.host)
-        if address.is_link_local and not is_local(address):
-            raise DestinationRefused(f"{target} is link-local")
+        demand_address(Destination(target.host, target.port), address, (), self._own())
         if not self._remote and not is_local(address):
             raise DestinationRefused(
                 f"{target} is not of this guest: it would get the plain text over a network",

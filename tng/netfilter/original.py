@@ -6,11 +6,17 @@ import asyncio
 import ipaddress
 import socket
 import struct
+from collections.abc import Iterable
 
 from tng.config.addresses import TcpUpstream
 from tng.config.filters import Address
 from tng.config.modes import Netfilter
-from tng.peers.destination import DestinationRefused
+from tng.peers.destination import (
+    Destination,
+    DestinationRefused,
+    GatewayItself,
+    demand_address,
+)
 
 SO_ORIGINAL_DST = 80
 """linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number."""
@@ -51,6 +57,21 @@ def demand_captured(mode: Netfilter, target: TcpUpstream) -> None:
         for item in mode.capture
     )):
         raise DestinationRefused(f"{target} is not captured by this entry")
+
+
+def leads_to(target: TcpUpstream, own: Iterable[tuple[str, int]]) -> bool:
+    """Whether a configured target is one of these listeners; names other than localhost are not."""
+    hosts = ("127.0.0.1", "::1") if target.host.lower() == "localhost" else (target.host,)
+    listeners = tuple(own)
+    for host in hosts:
+        try:
+            address = ipaddress.ip_address(host)
+            demand_address(Destination(host, target.port), address, (), listeners)
+        except GatewayItself:
+            return True
+        except (DestinationRefused, ValueError):
+            continue
+    return False
 
 
 def is_local(address: Address) -> bool:

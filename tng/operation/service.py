@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from cai.attest.agent_client import ChannelAgent
@@ -25,6 +25,7 @@ from tng.ingress.netfilter import CapturedConnections
 from tng.ingress.socks5 import SocksProxy
 from tng.netfilter.capture import Captures
 from tng.netfilter.marks import mark_connections
+from tng.netfilter.original import leads_to
 from tng.operation.assembly import make_acceptor, make_backend, make_desk, make_peers
 from tng.operation.control import Control
 from tng.operation.journal import Journal, endpoint_text
@@ -53,6 +54,7 @@ class Gateway:
         shared: whether other processes listen on the same ports; they have the capture rules then.
         mark: of this process's sockets where it has no capture rules of its own.
         keys: secrets of this run, where several processes share them.
+        own: addresses of the gateway that other processes listen on.
 
     Raises:
         SettingError: the configuration asks for something that this gateway does not do.
@@ -68,12 +70,14 @@ class Gateway:
         shared: bool = False,
         mark: int | None = None,
         keys: BootKeys | None = None,
+        own: Sequence[tuple[str, int]] = (),
     ) -> None:
         config.require_served()
         self._config = config
         self._journal = journal
         self._servers: list[asyncio.Server] = []
-        self._own: list[tuple[str, int]] = []
+        self._own: list[tuple[str, int]] = list(own)
+        self._no_backend = set(own)
         self._connections: set[asyncio.Task[Any]] = set()
         self._leaving = False
         self._listen: dict[str, list[str]] = {}
@@ -127,6 +131,7 @@ class Gateway:
             if where:
                 serve = self.control().serve
                 await self._open("control_interface", where, serve, counted=False)
+            self._demand_backends()
             if self._captures:
                 await self._captures.capture(self._captured)
             self._exporters.start()
@@ -134,6 +139,21 @@ class Gateway:
             await self.close()
             raise
         return self._listen
+
+    def _demand_backends(self) -> None:
+        """Refuse an egress that leads to an egress or to the control interface.
+
+        An ingress may be a backend: it leads on to another attested guest.
+        """
+        for entry in self._config.egress:
+            if not isinstance(entry.mode, modes.Mapping):
+                continue
+            for target in (target for rule in entry.mode.rules for target in rule.targets):
+                if isinstance(target, TcpUpstream) and leads_to(target, self._no_backend):
+                    raise SettingError(
+                        f"{entry.name}: the backend {target} is this gateway itself",
+                        hint="name the service behind it",
+                    )
 
     def control(self) -> Control:
         """The control interface of this gateway."""
@@ -240,6 +260,7 @@ class Gateway:
                 acceptor,
                 functools.partial(self._backend, entry),
                 remote=entry.remote_upstream,
+                own=lambda: self._own,
                 journal=self._journal,
             )
             await self._open_captured(
@@ -333,6 +354,8 @@ class Gateway:
         for bound in server.sockets:
             host, port = bound.getsockname()[:2]
             self._own.append((host.partition("%")[0], port))
+            if not name.startswith("ingress"):
+                self._no_backend.add(self._own[-1])
             self._listen.setdefault(name, []).append(str(Endpoint(host, port)))
 
 

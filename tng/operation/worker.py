@@ -41,6 +41,7 @@ class Order:
         mark: of its sockets, where the gateway captures traffic.
         salt: of prompt caches, the same in every worker.
         receipts: Ed25519 key of receipts, raw, the same in every worker.
+        own: addresses of the keeper's control interface.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Order:
     mark: int | None
     salt: bytes = field(repr=False)
     receipts: bytes = field(repr=False)
+    own: tuple[tuple[str, int], ...]
 
     @property
     def keys(self) -> BootKeys:
@@ -86,7 +88,9 @@ async def _work(order: Order) -> int:
     loop.add_reader(sys.stdin.fileno(), stop.set)
     journal = Journal(form=order.form)
     try:
-        gateway = Gateway(order.config, journal, shared=True, mark=order.mark, keys=order.keys)
+        gateway = Gateway(
+            order.config, journal, shared=True, mark=order.mark, keys=order.keys, own=order.own
+        )
         await gateway.start()
         server = await asyncio.start_unix_server(gateway.control().serve, str(order.control))
     except CaiError as error:

@@ -96,17 +96,18 @@ class Workers:
             if self._captures:
                 await self._captures.guard()
             placed = self._places.take(self._config)
+            # Before the workers, so that each of them knows where it may not go.
+            own = await self._open_control()
             keys = BootKeys()
             self._order = Order(
                 placed, self._form, Path(), self._captures.mark,
-                keys.salt, keys.receipts.private_bytes_raw(),
+                keys.salt, keys.receipts.private_bytes_raw(), own,
             )  # fmt: skip
             started = [self._spawn(number) for number in range(self._count)]
             for process in await asyncio.gather(*started):
                 self.unsafe = list(dict.fromkeys([*self.unsafe, *process]))
             if self._captures:
                 await self._captures.capture(self._places.captured)
-            await self._open_control()
         except BaseException:
             await self.close()
             raise
@@ -192,19 +193,22 @@ class Workers:
             except ListenerFailed as error:
                 self._journal.line(f"worker {number} does not start: {error.message}")
 
-    async def _open_control(self) -> None:
+    async def _open_control(self) -> tuple[tuple[str, int], ...]:
         where = self._config.telemetry.control
         if where is None:
-            return
+            return ()
         gathered = Gathered(lambda: [self._socket(number) for number in range(self._count)])
         try:
             self._control = await asyncio.start_server(gathered.serve, where.host, where.port)
         except (OSError, UnicodeError, OverflowError) as error:
             raise ListenerFailed(f"control_interface cannot listen on {where}: {error}") from error
+        own = []
         for bound in self._control.sockets:
             host, port = bound.getsockname()[:2]
+            own.append((str(host).partition("%")[0], int(port)))
             shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self._places.listen.setdefault("control_interface", []).append(shown)
+        return tuple(own)
 
 
 async def run_workers(config: Config, count: int, terminal: Terminal, form: LogFormat) -> int:

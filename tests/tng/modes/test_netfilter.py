@@ -235,6 +235,21 @@ def test_the_listener_itself_is_no_destination(net: World, tmp_path: Path) -> No
     assert "captured ports" in done.stderr
 
 
+def test_the_control_interface_is_no_service(net: World, tmp_path: Path) -> None:
+    mode = {"capture_dst": {"port": PORT}}
+    outside = {
+        "control_interface": {"restful": {"host": "0.0.0.0", "port": PORT}},
+        "add_egress": [{"netfilter": mode, "no_ra": True}],
+    }
+    with (
+        net.guest.tng(outside, tmp_path / "g.log") as gateway,
+        net.client.tng(INGRESS, tmp_path / "c.log"),
+    ):
+        assert "error" in net.client.ask(net.guest.v4, PORT)
+        kill(gateway, signal.SIGTERM)
+    assert "this gateway itself" in (tmp_path / "g.log").read_text()
+
+
 def test_link_local_is_no_destination_of_an_ingress(net: World, tmp_path: Path) -> None:
     log = tmp_path / "c.log"
     mode = {"capture_dst": [{"host": "169.254.0.0/16"}, {"host": "fd00:ec2::254"}]}

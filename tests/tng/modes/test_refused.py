@@ -9,7 +9,8 @@ import struct
 
 import pytest
 
-from tests.tng.gateways import World, port_of, running
+from cai.errors import SettingError
+from tests.tng.gateways import FakeAgent, World, port_of, running
 
 pytestmark = pytest.mark.anyio
 
@@ -126,6 +127,37 @@ async def test_a_mapping_to_itself_or_to_the_control_interface(world: World, hos
             answer = await ask("mapping", own, "")
         assert refused("mapping", answer), answer
         made["add_ingress"][0]["mapping"]["in"]["port"] = 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize("direct", [False, True])
+async def test_an_egress_is_no_backend_of_itself(world: World, host: str, *, direct: bool) -> None:
+    own, control = free_port(), free_port()
+    wild = "::" if host == "::1" else "127.0.0.1"
+    for target in (own, control):
+        mode = {"in": {"host": wild, "port": own}, "out": {"host": host, "port": target}}
+        entry = {"mapping": mode, "attest": {"aa_addr": "unix:///nowhere"}}
+        if direct:
+            entry["direct_forward"] = [{"http_path": "/.*"}]  # type: ignore[assignment]
+        made = {
+            "control_interface": {"restful": {"host": wild, "port": control}},
+            "add_egress": [entry],
+        }
+        with pytest.raises(SettingError, match="itself"):
+            async with running(made, FakeAgent(world, world.guest)):
+                raise AssertionError("it started")
+
+
+async def test_an_ingress_may_be_a_backend(world: World) -> None:
+    port = free_port()
+    inside = {"in": {"host": "127.0.0.1", "port": port}, "out": {"host": "127.0.0.1", "port": 9}}
+    outside = {"in": LOCAL, "out": {"host": "127.0.0.1", "port": port}}
+    made = {
+        "add_ingress": [{"mapping": inside, "verify": world.verify()}],
+        "add_egress": [{"mapping": outside, "attest": {"aa_addr": "unix:///nowhere"}}],
+    }
+    async with running(made, FakeAgent(world, world.guest)) as listen:
+        assert port_of(listen, "egress[0]")
 
 
 async def test_one_entry_does_not_go_to_another(world: World) -> None:

@@ -170,6 +170,16 @@ def test_a_dead_worker_is_replaced_and_nobody_is_refused_meanwhile(engine: int) 
         assert before[1] in outside.workers()
 
 
+def test_workers_do_not_go_to_the_keepers_control_interface() -> None:
+    proxy = {"http_proxy": {"proxy_listen": LOCAL}, "no_ra": True}
+    with gateway({"add_ingress": [proxy]}, "--workers", "2") as inside:
+        link = http.client.HTTPConnection("127.0.0.1", inside.port("ingress[0]"), timeout=20)
+        link.request("GET", f"http://127.0.0.1:{inside.port('control_interface')}/status")
+        answer = link.getresponse()
+        assert answer.status == 403
+        assert b"this gateway itself" in answer.read()
+
+
 def test_sigterm_lets_running_requests_end(engine: int) -> None:
     with (
         gateway(egress(engine), "--workers", "2") as outside,
