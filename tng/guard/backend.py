@@ -228,8 +228,8 @@ class GuardBackend:
             if not usage.told:
                 usage.prompt = max(1, size // ESTIMATE_BYTES)
             meters = self._journal.meters
-            meters.tokens.add(usage.prompt, identity.name, "prompt")
-            meters.tokens.add(usage.completion, identity.name, "completion")
+            meters.tokens.add(usage.prompt, identity.label, "prompt")
+            meters.tokens.add(usage.completion, identity.label, "completion")
         else:
             usage = Usage()
         self._desk.ledger.done(

@@ -32,8 +32,8 @@ MAX_NUMBER = 64
 MAX_CHOICES = 16
 """Most alternatives of one request (``n``, ``best_of``)."""
 
-MAX_BATCH = 2048
-"""Most inputs of one request (a list of prompts or texts)."""
+MAX_BATCH = {"input": 2048, "prompt": 128}
+"""Most inputs of one request: texts that become vectors, and prompts that are written on."""
 
 _TEXTS = ("messages", "input", "prompt", "system", "instructions", "documents", "items",
           "queries", "query", "text_1", "text_2")  # fmt: skip
@@ -179,7 +179,7 @@ def _demand_content(body: dict[str, Any], rules: BodyRules) -> None:
         value = body.get(name)
         if name == "documents" and "messages" in body:
             continue  # of a chat template: texts with any names
-        if name in ("prompt", "input") and isinstance(value, list):
+        if name in MAX_BATCH and isinstance(value, list):
             _demand_batch(name, value)
         for part in _objects(value):
             _demand_part(part, name, rules)
@@ -187,8 +187,8 @@ def _demand_content(body: dict[str, Any], rules: BodyRules) -> None:
 
 def _demand_batch(name: str, items: list[Any]) -> None:
     # One prompt of many tokens is a list too.
-    if len(items) > MAX_BATCH and not all(type(item) is int for item in items):
-        raise _bad(name, f"at most {MAX_BATCH} inputs")
+    if len(items) > MAX_BATCH[name] and not all(type(item) is int for item in items):
+        raise _bad(name, f"at most {MAX_BATCH[name]} inputs")
 
 
 def _demand_part(part: dict[str, Any], where: str, rules: BodyRules) -> None:

@@ -33,6 +33,12 @@ class Identity:
     name: str
     limits: Limits
 
+    @property
+    def label(self) -> str:
+        """The caller in metrics: sessions and keys come and go, so they are counted together."""
+        kind = self.name.partition(":")[0]
+        return kind if kind in ("session", "key") else self.name
+
 
 class Authenticator:
     """Decides who a request is from.

@@ -6,6 +6,7 @@ overdraw its caller's bucket; the next ones wait until that is paid back.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,9 @@ MAX_RATE = 10**9
 
 MAX_ACCOUNTS = 20_000
 """Most callers that are remembered; idle ones are forgotten first."""
+
+MAX_SHOWN = 100
+"""Most accounts that the control interface shows."""
 
 BUSY_RETRY_S = 1.0
 """What a caller with too many requests at once is told to wait, seconds."""
@@ -184,8 +188,9 @@ class Ledger:
             tokens.level -= prompt + completion
 
     def status(self) -> dict[str, dict[str, int]]:
-        """Every account by its caller."""
-        return {caller: account.to_json() for caller, account in self._accounts.items()}
+        """The accounts of the callers that came last."""
+        last = itertools.islice(reversed(self._accounts.items()), MAX_SHOWN)
+        return {caller: account.to_json() for caller, account in last}
 
     def _account(self, caller: str, now: float) -> Account:
         account = self._accounts.get(caller)

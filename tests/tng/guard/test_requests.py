@@ -240,6 +240,18 @@ async def test_remote_media_only_by_an_unsafe_setting(tmp_path: Path) -> None:
         assert bench.desk.guard.unsafe == ("unsafe_remote_media",)
 
 
+@pytest.mark.parametrize(("path", "name", "most"), [
+    ("/v1/completions", "prompt", 128), ("/v1/embeddings", "input", 2048),
+])  # fmt: skip
+async def test_a_batch_has_an_end(tmp_path: Path, path: str, name: str, most: int) -> None:
+    async with guarded(tmp_path) as bench:
+        for value, status in (
+            (["a"] * most, 200), (["a"] * (most + 1), 400), ([5] * 4000, 200),
+            ([[5]] * (most + 1), 400), ([*[5] * most, "a"], 400),
+        ):  # fmt: skip
+            assert (await bench.ask(path, {"model": "m", name: value})).status == status
+
+
 async def test_responses_are_not_stored(tmp_path: Path) -> None:
     engine = Engine()
     async with guarded(tmp_path, engine) as bench:

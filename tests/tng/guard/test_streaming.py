@@ -47,7 +47,7 @@ async def test_tokens_are_counted_and_the_extra_event_taken_out(tmp_path: Path) 
     async with guarded(tmp_path, Engine(three_words)) as bench:
         found = await bench.ask(body=STREAM)
         account = bench.desk.ledger.status()["session:5e"]
-        assert bench.journal.meters.tokens.value("session:5e", "prompt") == 11
+        assert bench.journal.meters.tokens.value("session", "prompt") == 11
     assert found.headers["content-type"] == "text/event-stream"
     assert found.body == word("one") + word("two") + word("three") + event("[DONE]")
     assert (account["prompt_tokens"], account["completion_tokens"]) == (11, 3)
