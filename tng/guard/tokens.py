@@ -114,7 +114,7 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._rows: dict[str, TokenRow] = {}
 
     def find(self, text: str, *, now: float) -> tuple[TokenRow, str] | None:
@@ -143,7 +143,8 @@ class TokenFile:
         except OSError as error:
             self._seen = None
             raise from_os_error(error, f"read token file {self._path}") from error
-        seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+        # The change time moves with the mode too.
+        seen = (found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino)
         if seen != self._seen:
             self._rows = {row.id: row for row in read_tokens(self._path)}
             self._seen = seen
