@@ -160,19 +160,16 @@ class Exchange:
     ) -> None:
         request = self._request
         copied = fields.outside(listed, self._settings.passthrough.request)
-        await connection.send(
-            self._keys.client.head(
-                "POST", path, API_TUNNEL,
-                (b"content-type", REQUEST_TYPE), (b"transfer-encoding", b"chunked"), *copied,
-            )
+        outer = self._keys.client.head(
+            "POST", path, API_TUNNEL,
+            (b"content-type", REQUEST_TYPE), (b"transfer-encoding", b"chunked"), *copied,
         )  # fmt: skip
         head = encode_request(request.method, request.target, listed)
-        await connection.send(h11.Data(data=begin + sender.sealer.chunk(head)))
+        await connection.send(outer, h11.Data(data=begin + sender.sealer.chunk(head)))
         async for data in self._events.all():
             await connection.send(h11.Data(data=sender.sealer.chunk(encode_content(data))))
         last = sender.sealer.chunk(encode_end()) + sender.sealer.final()
-        await connection.send(h11.Data(data=last))
-        await connection.send(h11.EndOfMessage())
+        await connection.send(h11.Data(data=last), h11.EndOfMessage())
 
     async def _download(self, connection: OuterConnection, sender: RequestSender) -> None:
         response = await _within(connection.response())

@@ -93,15 +93,15 @@ class OuterConnection:
         """Make ready for another request."""
         self._http.start_next_cycle()
 
-    async def send(self, event: h11.Event) -> None:
-        """Send one event of a request.
+    async def send(self, *events: h11.Event) -> None:
+        """Send parts of a request, together.
 
         Raises:
             PeerUnreachable: the connection broke.
             PeerError: the request cannot be sent.
         """
         try:
-            data = self._http.send(event)
+            data = b"".join(self._http.send(event) or b"" for event in events)
             if data:
                 self._writer.write(data)
             await self._writer.drain()
@@ -268,10 +268,9 @@ class OuterClient:
             more = (kind, length) if method == "POST" else ()
             with contextlib.suppress(PeerUnreachable):
                 # A peer may answer and close before it has read everything.
-                await connection.send(self.head(method, path, api, *more))
-                if body:
-                    await connection.send(h11.Data(data=body))
-                await connection.send(h11.EndOfMessage())
+                parts = (h11.Data(data=body),) if body else ()
+                head = self.head(method, path, api, *more)
+                await connection.send(head, *parts, h11.EndOfMessage())
             response = await connection.response()
             if response.status_code != HTTPStatus.OK:
                 raise await refusal(connection, response)

@@ -111,6 +111,10 @@ class RequestStream(ABC):
         """Send some of its body on; raises ClientGone."""
 
     @abstractmethod
+    async def flush(self) -> None:
+        """Send on what was kept to travel together; raises ClientGone."""
+
+    @abstractmethod
     async def end(self) -> None:
         """Say that it is whole; raises ClientGone."""
 
@@ -244,6 +248,7 @@ class RequestStream(ABC):
             while True:
                 event = self._http.next_event()
                 if event is h11.NEED_DATA or event is h11.PAUSED:
+                    await self.flush()
                     return
                 if await self._pass_on(event):
                     return

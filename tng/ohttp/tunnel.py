@@ -54,6 +54,8 @@ class TunnelStream(RequestStream):
         self._headers = headers
         self._passed = passed
         self._sealer: Sealer | None = None
+        self._lead = b""
+        self._pending = bytearray()
 
     async def events(self) -> AsyncIterator[Event]:
         """What is inside; the end only once the last chunk has proven that nothing is missing."""
@@ -82,23 +84,35 @@ class TunnelStream(RequestStream):
             *fields.outside(listed, self._passed),
         ]
         self._sealer = sealer
+        self._lead = nonce
+        self._pending += encode_response(status, listed)
         await self._client.send(h11.Response(status_code=200, headers=headers, reason=b"OK"))
-        await self._client.send(
-            h11.Data(data=nonce + sealer.chunk(encode_response(status, listed)))
-        )
 
     async def content(self, data: bytes) -> None:
-        """Send some of its body on, sealed."""
-        assert self._sealer is not None  # noqa: S101 - h11 gives the head first
-        if data:
-            await self._client.send(h11.Data(data=self._sealer.chunk(encode_content(data))))
+        """Keep some of its body until all that came with it is known."""
+        self._pending += encode_content(data)
+
+    async def flush(self) -> None:
+        """Send what is kept, sealed."""
+        if self._sealer is not None and self._pending:
+            await self._send(self._sealer.chunk(self._taken()))
 
     async def end(self) -> None:
         """Send the last chunk, without which nobody takes it for whole."""
         assert self._sealer is not None  # noqa: S101 - h11 gives the head first
-        last = self._sealer.chunk(encode_end()) + self._sealer.final()
-        await self._client.send(h11.Data(data=last))
+        last = self._sealer.chunk(self._taken() + encode_end()) + self._sealer.final()
+        await self._send(last)
         await self._client.send(h11.EndOfMessage())
+
+    def _taken(self) -> bytes:
+        data = bytes(self._pending)
+        self._pending.clear()
+        return data
+
+    async def _send(self, data: bytes) -> None:
+        # The response's nonce stands before its first chunk.
+        lead, self._lead = self._lead, b""
+        await self._client.send(h11.Data(data=lead + data))
 
 
 class ClearStream(RequestStream):
@@ -133,6 +147,9 @@ class ClearStream(RequestStream):
     async def content(self, data: bytes) -> None:
         """Send some of its body on."""
         await self._client.send(h11.Data(data=data))
+
+    async def flush(self) -> None:
+        """Nothing is kept."""
 
     async def end(self) -> None:
         """End it."""
