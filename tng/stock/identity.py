@@ -55,7 +55,7 @@ class IdentityKeeper:
         self._service = AppraisalService(service.address, service.headers) if service else None
         self._policies = service.policy_ids if service else ()
         self._identity: Identity | None = None
-        self._tried = dt.datetime.min.replace(tzinfo=dt.UTC)
+        self._failed = dt.datetime.min.replace(tzinfo=dt.UTC)
         self._making: asyncio.Task[Identity] | None = None
 
     async def close(self) -> None:
@@ -76,16 +76,16 @@ class IdentityKeeper:
         if kept is not None and (now - kept.made).total_seconds() < self._max_age(kept):
             return kept
         usable = kept is not None and kept.certificate.not_valid_after_utc > now
-        if usable and (now - self._tried).total_seconds() < RETRY_S:
+        if usable and (now - self._failed).total_seconds() < RETRY_S:
             assert kept is not None  # noqa: S101 - usable
             return kept
         if self._making is None:
-            self._tried = now
             self._making = asyncio.create_task(self._make(now))
             self._making.add_done_callback(self._made)
         try:
             return await asyncio.shield(self._making)
         except CaiError as error:
+            self._failed = now
             if not usable or kept is None:
                 raise
             self._journal.line(f"{self._name} keeps its old certificate: {error.message}")
