@@ -9,15 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cai.errors import CaiError, Unauthenticated
+from cai.settings import read_settings_file
 from tng.config.guard import Guard
 from tng.guard.http import Incoming
-from tng.guard.jwt import Jwt
+from tng.guard.jwt import Jwt, KeySet
 from tng.guard.keysource import KeySource
 from tng.guard.limits import NO_LIMITS, Limits
 from tng.guard.refusals import GuardRefused
-from tng.guard.tokens import PREFIX, TokenFile
+from tng.guard.tokens import PREFIX, TokenFile, read_tokens
 from tng.streams import Caller
 
 
@@ -46,6 +48,9 @@ class Authenticator:
     Args:
         guard: settings.
         clock: Unix time, seconds.
+
+    Raises:
+        CaiError: a file that the settings name is missing or malformed.
     """
 
     def __init__(self, guard: Guard, clock: Callable[[], float] = time.time) -> None:
@@ -53,6 +58,11 @@ class Authenticator:
         self._clock = clock
         self._tokens = TokenFile(guard.tokens) if guard.tokens else None
         self._keys = KeySource(guard.jwt.keys) if guard.jwt else None
+        # What is missing at the start is a mistake; what goes missing later lets nobody in.
+        if guard.tokens is not None:
+            read_tokens(guard.tokens)
+        if guard.jwt is not None and isinstance(guard.jwt.keys, Path):
+            KeySet.parse(read_settings_file(guard.jwt.keys, what="key set"))
 
     async def identify(self, request: Incoming, caller: Caller) -> Identity:
         """The caller of a request.

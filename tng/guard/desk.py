@@ -45,6 +45,9 @@ class Desk:
     Args:
         guard: settings.
         keys: of this run.
+
+    Raises:
+        CaiError: a file that the settings name is missing or malformed.
     """
 
     def __init__(self, guard: Guard, keys: BootKeys) -> None:

@@ -389,10 +389,25 @@ async def test_a_stranger_cannot_drive_the_provider(
 
 
 async def test_no_keys_is_503_and_lets_nobody_in(tmp_path: Path, provider: Provider) -> None:
-    jwt = {"jwks": str(tmp_path / "none.json"), "issuer": ISSUER, "audience": AUDIENCE}
+    jwt = {"jwks": "http://127.0.0.1:1/", "issuer": ISSUER, "audience": AUDIENCE}
     async with guarded(tmp_path, jwt=jwt) as bench:
         found = await bench.ask(token=provider.token())
     assert found.status == 503
+
+
+@pytest.mark.parametrize("data", [None, "{", '{"keys": {}}'])
+async def test_a_gateway_does_not_start_without_its_files(
+    tmp_path: Path, data: str | None
+) -> None:
+    file = tmp_path / "file.json"
+    if data is not None:
+        file.write_text(data)
+        file.chmod(0o600)
+    jwt = {"jwks": str(file), "issuer": ISSUER, "audience": AUDIENCE}
+    for settings_ in ({"tokens": str(file)}, {"jwt": jwt}):
+        with pytest.raises(CaiError):
+            async with guarded(tmp_path, **settings_):
+                pass
 
 
 async def test_both_kinds_side_by_side(tmp_path: Path, tokens: Path, provider: Provider) -> None:
