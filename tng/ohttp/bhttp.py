@@ -8,9 +8,9 @@ name there never gets that far.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from typing import TypeVar
 
 from cai.errors import FormatError, LimitExceeded
 from tng.ohttp.chunked import decode_varint, encode_varint
@@ -71,6 +71,10 @@ class End:
 
 Event = RequestHead | ResponseHead | Content | End
 
+_Part = TypeVar("_Part")
+Parsing = Generator[None, None, _Part]
+"""A part of a message that is being read; it yields wherever more bytes are needed."""
+
 
 def encode_request(method: bytes, path: bytes, fields: Fields) -> bytes:
     """Framing, control data and fields of a request."""
@@ -93,15 +97,8 @@ def encode_end() -> bytes:
     return b"\x00\x00"
 
 
-class _State(Enum):
-    HEAD = auto()
-    CONTENT = auto()
-    TRAILER = auto()
-    DONE = auto()
-
-
 class MessageReader:
-    """Reads one message as its bytes arrive.
+    """Reads one message as its bytes arrive, each byte once.
 
     Args:
         request: what is expected.
@@ -110,102 +107,97 @@ class MessageReader:
     def __init__(self, *, request: bool) -> None:
         self._request = request
         self._buffer = bytearray()
-        self._state = _State.HEAD
-
-    @property
-    def done(self) -> bool:
-        """Whether the message is whole."""
-        return self._state is _State.DONE
+        self._at = 0
+        self._parser = self._parse()
+        self.done = False
 
     def feed(self, data: bytes) -> Iterator[Event]:
-        """What these bytes complete.
+        """What these bytes complete; content is given as it comes.
 
         Raises:
             FormatError, LimitExceeded: it is no such message.
         """
         self._buffer += data
-        while (event := self._next()) is not None:
+        while (event := next(self._parser, None)) is not None:
             yield event
-        if len(self._buffer) > MAX_SECTION + MAX_CONTENT_CHUNK:
-            raise LimitExceeded("binary HTTP: a part is too long")
+        del self._buffer[: self._at]
+        self._at = 0
 
-    def _next(self) -> Event | None:
-        if self._state is _State.HEAD:
-            return self._head()
-        if self._state is _State.CONTENT:
-            found = decode_varint(self._buffer)
-            if found is None:
-                return None
-            size, start = found
-            if size == 0:
-                del self._buffer[:start]
-                self._state = _State.TRAILER
-                return self._next()
+    def _parse(self) -> Iterator[Event | None]:
+        """The whole message; ``None`` wherever more bytes are needed."""
+        framing = yield from self._number()
+        expected = REQUEST_FRAMING if self._request else RESPONSE_FRAMING
+        if framing != expected:
+            raise FormatError(f"binary HTTP: framing {framing}, expected {expected}")
+        yield (yield from (self._request_head() if self._request else self._response_head()))
+        while size := (yield from self._number()):
             if size > MAX_CONTENT_CHUNK:
                 raise LimitExceeded(f"binary HTTP: a content chunk of {size} bytes")
-            if len(self._buffer) < start + size:
-                return None
-            data = bytes(self._buffer[start : start + size])
-            del self._buffer[: start + size]
-            return Content(data)
-        if self._state is _State.TRAILER:
-            # Trailers are read and dropped: HTTP/1.1 clients of models know none.
-            found_fields = _read_section(self._buffer, 0)
-            if found_fields is None:
-                return None
-            del self._buffer[: found_fields[1]]
-            self._state = _State.DONE
-            return End()
-        # Padding (RFC 9292 §3.8) is zeros.
-        if any(self._buffer):
-            raise FormatError("binary HTTP: bytes after the message")
-        self._buffer.clear()
-        return None
+            while size:
+                data = bytes(self._buffer[self._at : self._at + size])
+                self._at += len(data)
+                size -= len(data)
+                yield Content(data) if data else None
+        # Trailers are read and dropped: HTTP/1.1 clients of models know none.
+        yield from self._fields()
+        self.done = True
+        yield End()
+        while True:
+            # Padding (RFC 9292 §3.8) is zeros.
+            if any(memoryview(self._buffer)[self._at :]):
+                raise FormatError("binary HTTP: bytes after the message")
+            self._at = len(self._buffer)
+            yield None
 
-    def _head(self) -> Event | None:
-        framing = decode_varint(self._buffer)
-        if framing is None:
-            return None
-        expected = REQUEST_FRAMING if self._request else RESPONSE_FRAMING
-        if framing[0] != expected:
-            raise FormatError(f"binary HTTP: framing {framing[0]}, expected {expected}")
-        return self._request_head(framing[1]) if self._request else self._response_head(framing[1])
-
-    def _request_head(self, at: int) -> Event | None:
-        parts: list[bytes] = []
-        for _ in range(4):
-            found = _read_counted(self._buffer, at)
-            if found is None:
-                return None
-            part, at = found
-            parts.append(part)
-        fields = _read_section(self._buffer, at)
-        if fields is None:
-            return None
-        method, scheme, authority, path = parts
+    def _request_head(self) -> Parsing[RequestHead]:
+        method = yield from self._text()
+        scheme = yield from self._text()
+        authority = yield from self._text()
+        path = yield from self._text()
         if not _TOKEN.fullmatch(method) or method == b"CONNECT":
             raise FormatError("binary HTTP: not a method that can be carried")
         if scheme not in (b"", b"http", b"https") or authority:
             raise FormatError("binary HTTP: scheme or authority where none is expected")
         if not _TARGET.fullmatch(path) or not path.startswith(b"/"):
             raise FormatError("binary HTTP: not a path")
-        return self._took(RequestHead(method, path, fields[0]), fields[1])
+        return RequestHead(method, path, (yield from self._fields()))
 
-    def _response_head(self, at: int) -> Event | None:
-        status = decode_varint(self._buffer, at)
-        if status is None:
-            return None
-        if not 200 <= status[0] <= 599:
-            raise FormatError(f"binary HTTP: status {status[0]}")
-        fields = _read_section(self._buffer, status[1])
-        if fields is None:
-            return None
-        return self._took(ResponseHead(status[0], fields[0]), fields[1])
+    def _response_head(self) -> Parsing[ResponseHead]:
+        status = yield from self._number()
+        if not 200 <= status <= 599:
+            raise FormatError(f"binary HTTP: status {status}")
+        return ResponseHead(status, (yield from self._fields()))
 
-    def _took(self, event: Event, end: int) -> Event:
-        del self._buffer[:end]
-        self._state = _State.CONTENT
-        return event
+    def _fields(self) -> Parsing[tuple[tuple[bytes, bytes], ...]]:
+        fields: list[tuple[bytes, bytes]] = []
+        total = 0
+        while name := (yield from self._text()):
+            value = yield from self._text()
+            total += len(name) + len(value)
+            if len(fields) == MAX_FIELDS or total > MAX_SECTION:
+                raise LimitExceeded("binary HTTP: too many fields, or too long ones")
+            if not _TOKEN.fullmatch(name) or name != name.lower():
+                raise FormatError("binary HTTP: not a field name")
+            if not _VALUE.fullmatch(value):
+                raise FormatError("binary HTTP: not a field value")
+            fields.append((name, value.strip(b" \t")))
+        return tuple(fields)
+
+    def _text(self) -> Parsing[bytes]:
+        size = yield from self._number()
+        if size > MAX_CONTROL:
+            raise LimitExceeded(f"binary HTTP: a text of {size} bytes, at most {MAX_CONTROL}")
+        while len(self._buffer) - self._at < size:
+            yield None
+        data = bytes(self._buffer[self._at : self._at + size])
+        self._at += size
+        return data
+
+    def _number(self) -> Parsing[int]:
+        while (found := decode_varint(self._buffer, self._at)) is None:
+            yield None
+        value, self._at = found
+        return value
 
 
 def _section(fields: Fields) -> bytes:
@@ -215,42 +207,3 @@ def _section(fields: Fields) -> bytes:
 
 def _counted(data: bytes) -> bytes:
     return encode_varint(len(data)) + data
-
-
-def _read_counted(data: bytearray, at: int) -> tuple[bytes, int] | None:
-    found = decode_varint(data, at)
-    if found is None:
-        return None
-    size, start = found
-    if size > MAX_CONTROL:
-        raise LimitExceeded(f"binary HTTP: a text of {size} bytes, at most {MAX_CONTROL}")
-    if len(data) < start + size:
-        return None
-    return bytes(data[start : start + size]), start + size
-
-
-def _read_section(
-    data: bytearray, at: int
-) -> tuple[tuple[tuple[bytes, bytes], ...], int] | None:
-    fields: list[tuple[bytes, bytes]] = []
-    begin = at
-    while True:
-        name = _read_counted(data, at)
-        if name is None:
-            break
-        if not name[0]:
-            return tuple(fields), name[1]
-        value = _read_counted(data, name[1])
-        if value is None:
-            break
-        if not _TOKEN.fullmatch(name[0]) or name[0] != name[0].lower():
-            raise FormatError("binary HTTP: not a field name")
-        if not _VALUE.fullmatch(value[0]):
-            raise FormatError("binary HTTP: not a field value")
-        fields.append((name[0], value[0].strip(b" \t")))
-        at = value[1]
-        if len(fields) > MAX_FIELDS or at - begin > MAX_SECTION:
-            raise LimitExceeded("binary HTTP: too many fields")
-    if len(data) - begin > MAX_SECTION:
-        raise LimitExceeded("binary HTTP: a field section is too long")
-    return None

@@ -15,6 +15,7 @@ class Pipe:
         self._buffer = bytearray()
         self._ended = False
         self._broken = False
+        self._sunk = False
         self._changed = asyncio.Event()
 
     @property
@@ -28,6 +29,8 @@ class Pipe:
         Raises:
             BrokenPipeError: nobody reads any more.
         """
+        if self._sunk:
+            return
         if self._broken or self._ended:
             raise BrokenPipeError("the pipe is closed")
         self._buffer += data
@@ -39,7 +42,7 @@ class Pipe:
         Raises:
             BrokenPipeError: nobody reads any more.
         """
-        while len(self._buffer) > LIMIT and not self._broken:
+        while len(self._buffer) > LIMIT and not self._broken and not self._sunk:
             await self._wait()
         if self._broken:
             raise BrokenPipeError("the pipe is closed")
@@ -62,6 +65,12 @@ class Pipe:
     def end(self) -> None:
         """No more bytes follow."""
         self._ended = True
+        self._changed.set()
+
+    def sink(self) -> None:
+        """Take whatever still comes, and keep nothing of it: nobody will read it."""
+        self._sunk = True
+        self._buffer.clear()
         self._changed.set()
 
     def abort(self) -> None:

@@ -94,10 +94,12 @@ class OhttpStream:
         return StreamReset(Code.PROTOCOL, text)
 
     def _over(self, task: asyncio.Task[None]) -> None:
-        self._in.abort()
         if task.cancelled() or task.exception() is not None:
+            self._in.abort()
             self._out.abort()
         else:
+            # A client may still be sending what nobody waits for; its answer is on the way.
+            self._in.sink()
             self._out.end()
 
     async def _run(self) -> None:

@@ -76,7 +76,32 @@ def test_any_cut_reads_the_same(parts: list[bytes], step: int) -> None:
     for at in range(0, len(data), step):
         found += reader.feed(data[at : at + step])
     assert reader.done
-    assert found == read(data)
+    whole = read(data)
+    assert (found[0], found[-1]) == (whole[0], whole[-1])
+    assert content(found) == content(whole) == b"".join(parts)
+
+
+def content(events: list[Event]) -> bytes:
+    return b"".join(item.data for item in events if isinstance(item, Content))
+
+
+def test_content_is_given_as_it_comes() -> None:
+    """A long chunk that never ends is never kept."""
+    reader = MessageReader(request=True)
+    list(reader.feed(encode_request(b"POST", b"/", FIELDS)))
+    assert list(reader.feed(encode_varint(MAX_CONTENT_CHUNK) + b"a")) == [Content(b"a")]
+    for _ in range(100):
+        assert content(list(reader.feed(b"b" * 10_000))) == b"b" * 10_000
+    assert len(reader._buffer) == 0
+
+
+def test_a_head_in_single_bytes_costs_no_more_than_its_length() -> None:
+    fields = tuple((b"x%d" % number, b"v" * 400) for number in range(200))
+    data = encode_request(b"POST", b"/", fields) + encode_end()
+    reader = MessageReader(request=True)
+    steps = sum(len(list(reader.feed(bytes([byte])))) for byte in data)
+    assert reader.done
+    assert steps == 2
 
 
 def test_every_truncation_leaves_it_undone() -> None:

@@ -334,7 +334,10 @@ async def test_expect_continue_is_answered(tmp_path: Path) -> None:
     assert b"expect" not in answer.lower()
 
 
-async def test_an_answer_before_the_request_has_ended_is_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sends_on", [False, True])
+async def test_an_answer_before_the_request_has_ended_is_passed_on(
+    tmp_path: Path, sends_on: bool
+) -> None:
     async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\n\r\n")
@@ -342,8 +345,11 @@ async def test_an_answer_before_the_request_has_ended_is_passed_on(tmp_path: Pat
 
     async with pair(tmp_path, early) as made:
         reader, writer = await asyncio.open_connection(LOCAL, made.ingress)
-        writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 1000000\r\n\r\nxx")
+        writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 5000000\r\n\r\nxx")
         async with asyncio.timeout(10):
+            if sends_on:
+                with contextlib.suppress(OSError):
+                    writer.write(b"x" * 4_000_000)
             assert status_of(await reader.readuntil(b"\r\n\r\n")) == 413
         writer.close()
 
