@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import cast
 
 import h11
 
@@ -91,15 +90,15 @@ class DirectForward:
         except (OSError, TimeoutError):
             writer.transport.abort()
             return
-        again = cast(asyncio.StreamReader, _Again(first, reader))
+        _unread(reader, first)
         if not first or first[0] == TLS_HANDSHAKE:
-            await self._acceptor.serve(again, writer, backend)
+            await self._acceptor.serve(reader, writer, backend)
             return
         if self._clients >= MAX_CLIENTS:
             writer.close()
             return
         self._clients += 1
-        client = ClientConnection(again, writer)
+        client = ClientConnection(reader, writer)
         try:
             while not self._leaving and await self._next(client, writer, targets):
                 pass
@@ -177,19 +176,13 @@ def demand_direct(request: h11.Request, paths: Sequence[re.Pattern[str]]) -> Non
         raise BadRequest("the request has no host")
 
 
-class _Again:
-    """A reader of which some bytes have been read already."""
+def _unread(reader: asyncio.StreamReader, data: bytes) -> None:
+    """Put back what was read, in front of what came since.
 
-    def __init__(self, first: bytes, reader: asyncio.StreamReader) -> None:
-        self._first = first
-        self._reader = reader
-
-    async def read(self, size: int = -1) -> bytes:
-        if self._first:
-            size = len(self._first) if size < 0 else size
-            data, self._first = self._first[:size], self._first[size:]
-            return data
-        return await self._reader.read(size)
+    asyncio has no way to look without reading, and the session behind this takes the reader's place
+    in its protocol, so it needs this very reader and not one that wraps it.
+    """
+    reader._buffer[:0] = data  # type: ignore[attr-defined]
 
 
 async def _connect(targets: Sequence[Upstream]) -> PlainStream:
