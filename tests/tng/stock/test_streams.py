@@ -13,12 +13,12 @@ import h2.events
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cai.errors import PeerError, PeerUnreachable
+from cai.errors import PeerError, PeerUnreachable, PeerWithoutEvidence
 from tests.tng.gateways import serving
 from tng.channel.link import accept, dial
 from tng.channel.pipe import TlsPipe
 from tng.stock import multiplex
-from tng.stock.certificate import make_certificate
+from tng.stock.certificate import CocoEvidence, make_certificate, runtime_data, spki_der
 from tng.stock.multiplex import Multiplex, MultiplexStream
 from tng.stock.raw import RawStream
 from tng.stock.tls import MULTIPLEX, RAW, client_context, server_context
@@ -94,6 +94,30 @@ async def test_a_raw_stream_that_was_given_up() -> None:
             await near.read()
         with pytest.raises(PeerError):
             await far.read()
+
+
+@pytest.mark.parametrize(("size", "taken"), [(90 * 1024, True), (101 * 1024, False)])
+async def test_how_long_a_certificate_may_be(size: int, taken: bool) -> None:
+    """OpenSSL takes 100 KiB: the evidence of a guest with many GPUs has to come over cai/1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    evidence = CocoEvidence("tdx", bytes(size), None, runtime_data(spki_der(key.public_key())))
+    identity = make_certificate(key, evidence, now=dt.datetime.now(dt.UTC))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def choose(_offered: tuple[bytes, ...]):  # type: ignore[no-untyped-def]
+            return server_context(identity, demand=False), (RAW,)
+
+        await accept(reader, writer, choose)
+
+    async with serving(serve) as port:
+        dialled = dial(
+            "127.0.0.1", port, client_context(None, (RAW,)), server_name=None, protocols=(RAW,)
+        )
+        if taken:
+            (await dialled).abort()
+            return
+        with pytest.raises(PeerWithoutEvidence, match="longer than 102400 bytes"):
+            await dialled
 
 
 # Multiplexed
