@@ -184,7 +184,7 @@ class World:
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """Three namespaces: 10.91.1.0/24 and fd91:1::/64 outside, …2… between guest and container."""
-    tag = f"cai{os.getpid() % 10000}"
+    tag = f"cai{os.getpid()}"
     client = Space(f"{tag}c", "10.91.1.1", "fd91:1::1")
     guest = Space(f"{tag}g", "10.91.1.2", "fd91:1::2")
     container = Space(f"{tag}k", "10.91.2.2", "fd91:2::2")

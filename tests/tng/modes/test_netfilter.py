@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,11 +25,17 @@ from tests.tng.modes.namespaces import (
     world,
 )
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+WHY_NOT = unavailable()
+pytestmark = [
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-"),
+    # One set of namespaces for all of them.
+    pytest.mark.xdist_group("netfilter"),
+]
 
 PORT = 8080
 ANSWER = f"served:{SECRET.decode()}"
 REFUSED = "this port answers attested TLS"
+GROUP = f"cai-test-{os.getpid()}"
 EGRESS = {"add_egress": [{"netfilter": {"capture_dst": {"port": PORT}}, "no_ra": True}]}
 INGRESS = {"add_ingress": [{"netfilter": {"capture_dst": [{"port": PORT}]}, "no_ra": True}]}
 
@@ -376,7 +383,8 @@ def cgroups() -> Iterator[Path]:
     else:
         pytest.skip("there is no cgroup v2")
     root = Path(place)
-    made = [root / "cai-test", root / "cai-test" / "in", root / "cai-test" / "out"]
+    top = root / GROUP
+    made = [top, top / "in", top / "out"]
     try:
         for path in made:
             path.mkdir()
@@ -395,8 +403,8 @@ def test_only_processes_of_a_cgroup_are_captured(
 ) -> None:
     mode = {
         "capture_dst": {"port": PORT},
-        "capture_cgroup": ["/cai-test"],
-        "nocapture_cgroup": ["/sys/fs/cgroup/cai-test/out"],
+        "capture_cgroup": [f"/{GROUP}"],
+        "nocapture_cgroup": [f"/sys/fs/cgroup/{GROUP}/out"],
     }
     config = {"add_ingress": [{"netfilter": mode, "no_ra": True}]}
     mounted = ("sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
@@ -422,11 +430,11 @@ def test_only_processes_of_a_cgroup_are_captured(
 def test_services_of_a_cgroup_are_captured_whatever_their_port(
     net: World, tmp_path: Path, cgroups: Path
 ) -> None:
-    mode = {"capture_cgroup": ["/cai-test"], "nocapture_cgroup": ["/cai-test/out"]}
+    mode = {"capture_cgroup": [f"/{GROUP}"], "nocapture_cgroup": [f"/{GROUP}/out"]}
     config = {"add_egress": [{"netfilter": mode, "no_ra": True}]}
     mounted = ("sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
     into = 'mount -t cgroup2 none /sys/fs/cgroup && echo $$ > /sys/fs/cgroup/$1/cgroup.procs'
-    ports = {"cai-test/in": 8091, "cai-test/out": 8092, ".": 8093}
+    ports = {f"{GROUP}/in": 8091, f"{GROUP}/out": 8092, ".": 8093}
     with contextlib.ExitStack() as stack:
         for group, port in ports.items():
             stack.enter_context(net.guest.process(
