@@ -153,7 +153,7 @@ def _client(section: Section) -> OhttpClient:
     for index, item in enumerate(_list(section, "path_rewrites")):
         rule = Section(item, where=f"{section.where}.path_rewrites[{index}]")
         pattern = compile_pattern(rule.text("match_regex"), f"{rule.where}: match_regex")
-        substitution = re.sub(r"\\(\d)", r"$\1", rule.text("substitution"))
+        substitution = re.sub(r"\\(\d)", r"${\1}", rule.text("substitution"))
         rule.finish()
         rewrites.append(PathRewrite(pattern, substitution))
     default = section.text("path_default", "root")

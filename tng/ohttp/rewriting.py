@@ -10,7 +10,7 @@ from tng.peers.destination import BadRequest
 MAX_PATH = 8 * 1024
 """Longest path that is matched and sent outside, bytes."""
 
-_GROUP = re.compile(r"\$(?:\$|([0-9]+|[A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+_GROUP = re.compile(r"\$(?:\$|([0-9A-Za-z_]+)|\{([^}]*)\})")
 _PATH = re.compile(r"/[\x21\x22\x24-\x7e]*")
 
 

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.errors import CaiError, FormatError
-from tng.config.transport import OhttpClient, PathRewrite
+from cai.settings import Section
+from tng.config.notes import Notes
+from tng.config.transport import OhttpClient, PathRewrite, parse_transport
 from tng.ohttp import fields
 from tng.ohttp.rewriting import MAX_PATH, fetch_paths, outer_path
 from tng.peers.destination import BadRequest
@@ -25,7 +27,8 @@ def settings(*rules: tuple[str, str], keep: bool = False) -> OhttpClient:
     [
         ([], b"/v1/models?secret=1", "/"),
         ([("/v1/(.*)", "/gw/$1")], b"/v1/a/b?q", "/gw/a/b"),
-        ([("/v1/(.*)", "/gw/$1x")], b"/v1/a", "/gw/ax"),
+        # As TNG 2.7.3 and 2.12.0 (measured): the longest name counts, and there is no group 1x.
+        ([("/v1/(.*)", "/gw/$1x")], b"/v1/a", "/gw/"),
         ([("/v1/(.*)", "/gw/${1}x")], b"/v1/a", "/gw/ax"),
         ([("/v1/(?P<rest>.*)", "/gw/${rest}")], b"/v1/a", "/gw/a"),
         ([("/v1/(?P<rest>.*)", "/gw/$rest")], b"/v1/a", "/gw/a"),
@@ -147,3 +150,21 @@ def test_any_target_ends_in_our_errors(target: bytes) -> None:
     except CaiError:
         return
     assert path.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("substitution", "expected"),
+    [
+        ("/gw/$1x", "/gw/"), ("/gw/${1}x", "/gw/ax"), (r"/gw/\1x", "/gw/ax"),
+        ("/gw/$1/y", "/gw/a/y"), ("/gw/$$", "/gw/$"), ("/gw/$9", "/gw/"),
+    ],
+)  # fmt: skip
+def test_substitutions_of_a_configuration_mean_what_they_do_to_tng(
+    substitution: str, expected: str
+) -> None:
+    """Each measured on the binaries of 2.7.3 and 2.12.0."""
+    rewrites = [{"match_regex": "/v1/(.*)", "substitution": substitution}]
+    entry = Section({"ohttp": {"path_rewrites": rewrites}}, where="entry")
+    transport = parse_transport(entry, Notes(), egress=False)
+    assert isinstance(transport, OhttpClient)
+    assert outer_path(transport, b"/v1/a") == expected
