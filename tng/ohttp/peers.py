@@ -110,8 +110,11 @@ class OhttpPeers:
         }
 
     def leave(self) -> None:
-        """Take no new streams."""
+        """Take no new streams, and no new requests on those that are open."""
         self._leaving = True
+        for origin in self._origins.values():
+            for stream in origin.streams:
+                stream.leave()
 
     async def close(self) -> None:
         """End every exchange now."""

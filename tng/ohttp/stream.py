@@ -36,6 +36,8 @@ class OhttpStream:
         self._in = Pipe()
         self._out = Pipe()
         self._error: CaiError | None = None
+        self._idle = True
+        self._leaving = False
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(self._over)
 
@@ -78,6 +80,12 @@ class OhttpStream:
             self._error = self._error or StreamReset(code, text)
             self._running.cancel()
 
+    def leave(self) -> None:
+        """Take no further request: between two of them it ends now, else after the running one."""
+        self._leaving = True
+        if self._idle:
+            self._in.end()
+
     async def closed(self) -> None:
         """Wait until nothing runs any more."""
         await asyncio.gather(self._running, return_exceptions=True)
@@ -109,9 +117,11 @@ class OhttpStream:
         )
         try:
             while (request := await client.next_request()) is not None:
+                self._idle = False
                 await Exchange(client, request, self._keys, self._settings).run()
-                if not client.reusable:
+                if self._leaving or not client.reusable:
                     return
+                self._idle = True
         except CaiError as error:
             self._error = error
             if client.response_started or isinstance(error, ClientGone):

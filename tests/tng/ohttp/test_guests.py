@@ -33,6 +33,9 @@ from tests.tng.ohttp.world import (
     status_of,
 )
 from tests.tng.stock_peers import StockService, _certificate
+from tng.config.entries import parse
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 pytestmark = pytest.mark.anyio
 
@@ -230,6 +233,39 @@ async def test_a_guest_that_no_longer_passes_gets_no_further_request(tmp_path: P
         await asyncio.sleep(1.2)
         assert status_of(await talk(made.ingress, post("/", b"bad"))) == 502
     assert served == [b"good"]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_stopping_gateway_ends_what_is_idle_and_lets_the_rest_end(
+    tmp_path: Path, busy: bool
+) -> None:
+    go = asyncio.Event()
+
+    async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_any(reader)
+        if busy:
+            await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone")
+        await writer.drain()
+
+    request = b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+    async with serving(engine) as backend, running(far(backend, no_ra=True)) as outside:
+        config = parse(near(port_of(outside, "egress[0]"), None), where="test")
+        gateway = Gateway(config, Journal(io.StringIO()))
+        port = port_of(await gateway.start(), "ingress[0]")
+        reader, writer = await asyncio.open_connection(LOCAL, port)
+        writer.write(request)
+        if not busy:
+            await reader.readuntil(b"done")
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(5):
+            draining = asyncio.create_task(gateway.drain())
+            await asyncio.sleep(0.1)
+            go.set()
+            rest = await reader.read()
+            writer.close()
+            await draining
+    assert rest.endswith(b"done") is busy
 
 
 async def test_two_hundred_streams_at_once(tmp_path: Path) -> None:
