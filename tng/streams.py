@@ -8,9 +8,10 @@ round: a dialect accepts streams, and a ``Backend`` carries each one to the gues
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cai.attest.verdict import Verdict
 from cai.errors import PeerError
@@ -72,6 +73,17 @@ class ByteStream(Protocol):
 
     def reset(self, code: Code = Code.CANCELLED, text: str = "") -> None:
         """Give the stream up, unless it is over."""
+
+
+@runtime_checkable
+class DirectStream(Protocol):
+    """A stream that can also carry bytes without a task in between, for the sake of latency."""
+
+    def deliver_to(self, sink: Callable[[bytes], bool] | None) -> None:
+        """Offer bytes to ``sink`` as they arrive; what it does not take waits for ``read``."""
+
+    def write_now(self, data: bytes) -> bool:
+        """Send bytes if nothing has to be waited for; else send none of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,9 @@ CONNECT_TIMEOUT_S = 5.0
 TLS_TIMEOUT_S = 5.0
 """Longest TLS handshake, first byte of the peer included, seconds."""
 
+MAX_UNSENT_DIRECT = 64 * 1024
+"""Most unsent bytes with which data is added without waiting."""
+
 MAX_UNSENT_CONTROL = 1024 * 1024
 """Most unsent bytes when a control frame is added without waiting; beyond them the link ends."""
 
@@ -82,6 +85,20 @@ class Link:
                 self._frames.extend(self._decoder.feed(plaintext))
         return self._frames.popleft()
 
+    def hand_over(self, take: Callable[[Frame], None]) -> None:
+        """Give frames to ``take`` as they arrive, beside ``next_frame`` (``TlsPipe.hand_over``)."""
+
+        def arrived(plaintext: bytes) -> None:
+            for frame in self._decoder.feed(plaintext):
+                take(frame)
+
+        self._pipe.hand_over(arrived)
+
+    @property
+    def congested(self) -> bool:
+        """Whether a sender should wait for the socket."""
+        return self._pipe.unsent > MAX_UNSENT_DIRECT
+
     async def gone(self) -> None:
         """Wait until the session ends; frames that come before are kept, a few of them.
 
@@ -104,13 +121,13 @@ class Link:
         self._put(*frames)
         await self._pipe.drain()
 
-    def send_soon(self, frame: Frame) -> None:
-        """Send a control frame without waiting; the reading side may never wait for writing.
+    def send_soon(self, *frames: Frame) -> None:
+        """Send frames without waiting; the reading side may never wait for writing.
 
         Raises:
             PeerError: the session has ended, or the peer takes nothing any more.
         """
-        self._put(frame)
+        self._put(*frames)
         if self._pipe.unsent > MAX_UNSENT_CONTROL:
             self.abort()
             raise PeerError("the peer does not take what it asks for")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from cai.errors import PeerError
 from tng.channel.tls import SessionClosed, TlsSession
@@ -28,6 +29,8 @@ class TlsPipe:
         self._writer = writer
         self._early = b""
         self._closed = False
+        self._take: Callable[[bytes], None] | None = None
+        self._direct = False
 
     @property
     def closed(self) -> bool:
@@ -75,6 +78,34 @@ class TlsPipe:
         # A key update asks for an answer that only TLS knows of.
         self.flush()
         return plaintext
+
+    def hand_over(self, take: Callable[[bytes], None]) -> None:
+        """Give plaintext to ``take`` as it arrives, without a task in between.
+
+        ``receive`` has to be waited in all the same: it returns what came before, and raises at the
+        end of the session or what ``take`` raised.
+        """
+        feed = self._reader.feed_data
+
+        def arrived(data: bytes) -> None:
+            if not self._direct:
+                feed(data)
+                return
+            try:
+                plaintext = self.tls.receive(data)
+                self.flush()
+                if plaintext:
+                    take(plaintext)
+                if self.tls.ended:
+                    raise SessionClosed("the peer closed the session")
+            except Exception as error:
+                # Whoever waits in receive() has it; what still comes is for nobody.
+                self._direct = False
+                self._reader.set_exception(error)
+
+        self._take = take
+        # The protocol of asyncio's streams looks this method up for each piece of data.
+        self._reader.feed_data = arrived  # type: ignore[method-assign,assignment]
 
     def put(self, data: bytes) -> None:
         """Encrypt and hand to the socket, without waiting.
@@ -132,4 +163,6 @@ class TlsPipe:
             raise PeerError("the connection broke") from error
         if not data:
             raise PeerError("the peer closed the connection")
+        # A short read has emptied the reader; what was read is used up before the next wait.
+        self._direct = self._take is not None and len(data) < READ_SIZE
         return data

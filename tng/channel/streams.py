@@ -66,6 +66,7 @@ class Stream:
         self._peer_finished = False
         self._finished = False
         self._error: CaiError | None = None
+        self._sink: Callable[[bytes], bool] | None = None
         self._opened = asyncio.Event()
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
@@ -97,11 +98,21 @@ class Stream:
         data = self._inbox.popleft() if len(self._inbox) == 1 else b"".join(self._inbox)
         self._inbox.clear()
         self._inbox_size = 0
-        self._consumed += len(data)
-        if self._consumed >= STREAM_WINDOW // 2 and not self._peer_finished and not self._error:
-            amount, self._consumed = self._consumed, 0
-            self._channel.send_soon(Frame(FrameType.CREDIT, self.number, credit(amount)))
+        self._consume(len(data))
         return data
+
+    def deliver_to(self, sink: Callable[[bytes], bool] | None) -> None:
+        """Offer bytes to ``sink`` as they arrive; what it does not take waits for ``read``."""
+        self._sink = sink
+
+    def write_now(self, data: bytes) -> bool:
+        """Send bytes if nothing has to be waited for; else send none of them."""
+        ready = not self._error and not self._finished and not self._channel.congested
+        if not ready or len(data) > min(self._credit, MAX_BURST):
+            return False
+        self._credit -= len(data)
+        self._channel.send_soon(*self._data_frames(data, 0, len(data)))
+        return True
 
     async def write(self, data: bytes) -> None:
         """Send bytes, waiting for credit and for the socket.
@@ -118,10 +129,7 @@ class Stream:
                 raise self._error
             end = min(len(data), offset + self._credit, offset + MAX_BURST)
             self._credit -= end - offset
-            frames = [
-                Frame(FrameType.DATA, self.number, data[start : min(start + MAX_DATA, end)])
-                for start in range(offset, end, MAX_DATA)
-            ]
+            frames = self._data_frames(data, offset, end)
             offset = end
             await self._channel.send(*frames)
 
@@ -164,6 +172,9 @@ class Stream:
                 raise FormatError("DATA after FIN")
             if self._inbox_size + self._consumed + len(frame.payload) > STREAM_WINDOW:
                 raise FormatError("DATA beyond the credit")
+            if self._sink is not None and not self._inbox and self._sink(frame.payload):
+                self._consume(len(frame.payload))
+                return
             self._inbox.append(frame.payload)
             self._inbox_size += len(frame.payload)
             self._readable.set()
@@ -182,6 +193,18 @@ class Stream:
         elif frame.type is FrameType.RESET:
             self.fail(StreamReset(*parse_reason(frame.payload)))
             self._channel.forget(self)
+
+    def _data_frames(self, data: bytes, start: int, end: int) -> list[Frame]:
+        return [
+            Frame(FrameType.DATA, self.number, data[at : min(at + MAX_DATA, end)])
+            for at in range(start, end, MAX_DATA)
+        ]
+
+    def _consume(self, size: int) -> None:
+        self._consumed += size
+        if self._consumed >= STREAM_WINDOW // 2 and not self._peer_finished and not self._error:
+            amount, self._consumed = self._consumed, 0
+            self._channel.send_soon(Frame(FrameType.CREDIT, self.number, credit(amount)))
 
     def _forget_if_over(self) -> None:
         if self._finished and self._peer_finished:
@@ -266,10 +289,15 @@ class Channel:
             raise self._error
         await self._link.send(*frames)
 
-    def send_soon(self, frame: Frame) -> None:
-        """Send a control frame of a stream without waiting; a session that ended takes none."""
+    def send_soon(self, *frames: Frame) -> None:
+        """Send frames of a stream without waiting; a session that ended takes none."""
         if self._error is None:
-            self._link.send_soon(frame)
+            self._link.send_soon(*frames)
+
+    @property
+    def congested(self) -> bool:
+        """Whether a sender should wait for the socket."""
+        return self._link.congested
 
     def forget(self, stream: Stream) -> None:
         """Drop a stream that is over."""
@@ -304,6 +332,7 @@ class Channel:
             await asyncio.wait(set(self._handlers))
 
     async def _read(self) -> None:
+        self._link.hand_over(self._dispatch)
         try:
             while True:
                 self._dispatch(await self._link.next_frame())

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from cai.errors import CaiError
 from tng.operation.journal import Journal
 from tng.operation.metrics import Meters
 from tng.peers.destination import Destination
-from tng.streams import Backend, ByteStream, Caller, Code, Peers, Proven
+from tng.streams import Backend, ByteStream, Caller, Code, DirectStream, Peers, Proven
 
 MAX_REMEMBERED = 256
 """Most peers of an entry whose last proof is remembered, to tell a new one from a pooled one."""
@@ -31,6 +32,8 @@ class CountedStream:
 
     def __init__(self, stream: ByteStream, meters: Meters, name: str) -> None:
         self._stream = stream
+        # Asked once: it costs as much as sending a frame.
+        self._direct = stream if isinstance(stream, DirectStream) else None
         self._meters = meters
         self._name = name
         self._over = False
@@ -52,6 +55,29 @@ class CountedStream:
         """Send bytes."""
         await self._stream.write(data)
         self._meters.bytes.add(len(data), self._name, OUTWARD)
+
+    def deliver_to(self, sink: Callable[[bytes], bool] | None) -> None:
+        """Offer bytes to ``sink`` as they arrive, where the dialect can."""
+        if self._direct is None:
+            return
+        if sink is None:
+            self._direct.deliver_to(None)
+            return
+
+        def counted(data: bytes) -> bool:
+            taken = sink(data)
+            if taken:
+                self._meters.bytes.add(len(data), self._name, INWARD)
+            return taken
+
+        self._direct.deliver_to(counted)
+
+    def write_now(self, data: bytes) -> bool:
+        """Send bytes if nothing has to be waited for; else send none of them."""
+        if self._direct is None or not self._direct.write_now(data):
+            return False
+        self._meters.bytes.add(len(data), self._name, OUTWARD)
+        return True
 
     async def accept(self) -> None:
         """Tell the other end that the upstream is connected."""
