@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import h11
 
-from cai.errors import FormatError, LimitExceeded, PeerError, Tampered
+from cai.errors import FormatError, LimitExceeded, PeerError, PeerUnreachable, Tampered
 from tng.config.transport import OhttpClient
 from tng.ingress.http1 import ClientConnection
 from tng.ohttp import fields
@@ -41,6 +41,9 @@ SILENCE_S = 3600.0
 UNKNOWN_KEY = HTTPStatus.UNPROCESSABLE_ENTITY
 """How a server says that it does not serve the key, or no more."""
 
+EARLY_S = 1.0
+"""How soon a connection must break for a refused key to be the likely reason, seconds."""
+
 IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 """Methods of requests that may be sent again when a kept connection breaks (RFC 9110 §9.2.2)."""
 
@@ -49,6 +52,10 @@ _Given = TypeVar("_Given")
 
 class Sending(Protocol):
     """A proven key, with what a request under it begins with."""
+
+    @property
+    def public(self) -> bytes:
+        """The key."""
 
     def sender(self) -> tuple[RequestSender, bytes]:
         """A new encapsulation, and the metadata that stands before it."""
@@ -86,6 +93,7 @@ class Exchange:
         self._keys = keys
         self._settings = settings
         self._events = _Replayable(client)
+        self._begun = False
 
     async def run(self) -> None:
         """Send the request, pass the response on.
@@ -114,12 +122,22 @@ class Exchange:
         key = await self._keys.current()
         if any(name == b"expect" for name, _value in request.headers):
             await self._client.send(h11.InformationalResponse(status_code=100, headers=[]))
+        started = asyncio.get_running_loop().time()
         try:
             await self._attempt(key, listed, path, fresh=False)
-        except Stale:
-            if request.method not in IDEMPOTENT:
+        except PeerUnreachable as error:
+            if isinstance(error, Stale) and request.method in IDEMPOTENT:
+                await self._attempt(key, listed, path, fresh=True)
+                return
+            early = asyncio.get_running_loop().time() - started < EARLY_S
+            if self._begun or not early or not self._events.complete:
                 raise
-            await self._attempt(key, listed, path, fresh=True)
+            # A server that refuses a key and closes before it has read the whole request takes its
+            # own answer away (TCP reset). Another key there says that this is what happened.
+            fresh = await self._keys.replaced(key, path)
+            if fresh.public == key.public:
+                raise
+            await self._attempt(fresh, listed, path, fresh=True)
         except OuterRefusal as error:
             if error.status != UNKNOWN_KEY or not self._events.complete:
                 raise
@@ -173,6 +191,7 @@ class Exchange:
 
     async def _download(self, connection: OuterConnection, sender: RequestSender) -> None:
         response = await _within(connection.response())
+        self._begun = True
         if response.status_code != HTTPStatus.OK:
             raise await refusal(connection, response)
         kind = next((value for name, value in response.headers if name == b"content-type"), b"")

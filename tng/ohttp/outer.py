@@ -75,6 +75,7 @@ class OuterConnection:
         self._reader = reader
         self._writer = writer
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        self._answered = False
         self.used = 0
         self.idle_since = 0.0
 
@@ -91,6 +92,7 @@ class OuterConnection:
 
     def again(self) -> None:
         """Make ready for another request."""
+        self._answered = False
         self._http.start_next_cycle()
 
     async def send(self, *events: h11.Event) -> None:
@@ -122,6 +124,7 @@ class OuterConnection:
             event = await self._event()
         if not isinstance(event, h11.Response):
             raise self._ended()
+        self._answered = True
         return event
 
     async def data(self) -> bytes:
@@ -156,7 +159,7 @@ class OuterConnection:
         return event
 
     def _ended(self) -> PeerError:
-        if self.used and self._http.their_state is h11.SEND_RESPONSE:
+        if self.used and not self._answered:
             return Stale("the peer closed a kept connection")
         return PeerUnreachable("the peer ended the connection before its answer was whole")
 

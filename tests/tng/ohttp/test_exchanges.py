@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.tng.gateways import talk
-from tests.tng.ohttp.world import LOCAL, ask_once, echo, meddler, pair, post, read_any, status_of
+from tests.tng.gateways import serving, talk
+from tests.tng.ohttp.world import (
+    LOCAL,
+    ask_once,
+    echo,
+    meddler,
+    pair,
+    post,
+    read_any,
+    read_raw,
+    status_of,
+)
 from tests.tng.stock_peers import StockService
 
 pytestmark = pytest.mark.anyio
@@ -159,6 +169,59 @@ async def test_a_key_that_is_gone_is_replaced_within_the_request(tmp_path: Path)
     assert refused == 1
     assert answer.endswith(b"|once more")
     assert made.agent.calls.count("GetEvidence") == 2
+
+
+async def test_a_refused_key_whose_answer_was_lost_is_replaced_too(tmp_path: Path) -> None:
+    """Stock egresses close before they have read everything, which may take their 422 away."""
+    lost = 0
+
+    def cuts(port: int) -> contextlib.AbstractAsyncContextManager[int]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal lost
+            head, body = await read_raw(reader)
+            if b"ohttp-chunked-req" in head and not lost:
+                lost += 1
+                # The egress has made another key since.
+                await asyncio.sleep(0.7)
+                writer.transport.abort()
+                return
+            writer.write(await ask_once(port, head + body))
+            await writer.drain()
+
+        return serving(serve)
+
+    server = {"key": {"source": "self_generated", "rotation_interval": 1}}
+    async with pair(tmp_path, between=cuts, server=server) as made:
+        # The key is fetched now, and rotated before the request has failed.
+        opened = await asyncio.open_connection(LOCAL, made.ingress)
+        await asyncio.sleep(0.5)
+        answer = await talk(made.ingress, post("/again", b"once more"))
+        opened[1].close()
+    assert lost == 1
+    assert answer.endswith(b"|once more")
+
+
+async def test_a_broken_connection_under_the_same_key_is_an_error(tmp_path: Path) -> None:
+    """Nobody knows whether such a request was served; it is not sent again."""
+    tunnels = 0
+
+    def cuts(port: int) -> contextlib.AbstractAsyncContextManager[int]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal tunnels
+            head, body = await read_raw(reader)
+            if b"ohttp-chunked-req" in head:
+                tunnels += 1
+                writer.transport.abort()
+                return
+            writer.write(await ask_once(port, head + body))
+            await writer.drain()
+
+        return serving(serve)
+
+    async with pair(tmp_path, between=cuts) as made:
+        answer = await talk(made.ingress, post("/once", b"x"))
+    assert status_of(answer) == 502
+    assert tunnels == 1
 
 
 async def test_a_key_that_stays_unknown_is_an_error(tmp_path: Path) -> None:
@@ -310,8 +373,6 @@ async def test_an_unknown_origin_is_no_peer(tmp_path: Path) -> None:
     """A plain web server where an egress was expected."""
 
     def other(_port: int) -> contextlib.AbstractAsyncContextManager[int]:
-        from tests.tng.gateways import serving
-
         return serving(echo)
 
     async with pair(tmp_path, between=other) as made:
