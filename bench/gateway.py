@@ -28,7 +28,8 @@ from cai.attest.policy import policy_for
 from cai.attest.statement import ServedModel
 from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verify import verify_evidence
-from cai.host.agent import Agent, now, serve_channel_socket
+from cai.host.agent import Agent, now
+from cai.host.agent_socket import serve_channel_socket
 from cai.host.launch import Launch
 
 REQUESTS = 2000
@@ -36,14 +37,15 @@ ROUNDS = 3
 LAUNCH = Launch(b"bench", settings={}, owner_key="ab" * 32, service_id="bench")
 
 
-def agent_for(work: Path) -> Agent:
+def agent_for(work: Path, quote_seconds: float = 0.0) -> Agent:
     """An agent over a simulated guest, with ``policy.toml`` for exactly that guest."""
     from cai.attest.sim import GuestSettings, SimulatedPlatform
 
     SimulatedPlatform.create(work, now=datetime.now(UTC))
     platform = SimulatedPlatform.load(work / "platform")
     guest, gpus = platform.guest(GuestSettings()), platform.devices()
-    agent = Agent(LAUNCH, guest, gpus)
+    slow = platform.guest(GuestSettings(quote_seconds=quote_seconds))
+    agent = Agent(LAUNCH, slow, gpus)
     nonce = bytes(32)
     devices = gpus.collect(nonce)
     _verdict, facts = verify_evidence(
@@ -138,6 +140,26 @@ class Client:
         while left > 0:
             left -= self._socket.recv_into(self._buffer, min(left, len(self._buffer)))
         return length
+
+    def stream(self, path: str, size: int) -> Iterator[bytes]:
+        """Ask and give the answer's body as it comes, in pieces of whole 64 bytes."""
+        host = self._origin.removeprefix("http://")
+        self._socket.sendall(f"GET {self._origin}{path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += self._socket.recv(1 << 16)
+        data = data.partition(b"\r\n\r\n")[2]
+        while size > 0:
+            if len(data) < 64:
+                data += self._socket.recv(1 << 16)
+            whole = len(data) // 64 * 64
+            if whole:
+                yield data[:whole]
+            data, size = data[whole:], size - whole
+
+    def close(self) -> None:
+        """Leave."""
+        self._socket.close()
 
 
 def timed(client: Client) -> tuple[float, float, float]:

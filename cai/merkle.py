@@ -58,6 +58,25 @@ def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
     return path
 
 
+def inclusion_paths(leaves: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+    """The inclusion path of each leaf hash, as ``inclusion_path`` gives them one by one.
+
+    Made level by level, so that a whole tree costs about two hashes a leaf.
+    """
+    paths: list[list[bytes]] = [[] for _ in leaves]
+    level, height = list(leaves), 0
+    while len(level) > 1:
+        for index, path in enumerate(paths):
+            sibling = (index >> height) ^ 1
+            # The last node of an odd level has none and moves up as it is (RFC 6962 §2.1).
+            if sibling < len(level):
+                path.append(level[sibling])
+        pairs = zip(level[::2], level[1::2], strict=False)
+        level = [node_hash(left, right) for left, right in pairs] + level[len(level) & ~1 :]
+        height += 1
+    return [tuple(path) for path in paths]
+
+
 def root_from_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:
     """Root that ``leaf`` at ``index`` of ``size`` leads to (RFC 9162 §2.1.3.2).
 

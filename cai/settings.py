@@ -100,6 +100,21 @@ class Section:
         self._read.add(name)
         return self._values.get(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether the member is written at all, be it null."""
+        self._read.add(name)
+        return name in self._values
+
+    @property
+    def read_names(self) -> frozenset[str]:
+        """The members that were asked for."""
+        return frozenset(self._read)
+
+    def unread(self, also_known: Iterable[str] = ()) -> tuple[str, ...]:
+        """The members that nobody asked for, where a format ignores unknown ones."""
+        known = self._read | set(also_known)
+        return tuple(name for name in self._values if name not in known)
+
     def finish(self, also_known: Iterable[str] = ()) -> None:
         """Refuse every member that nobody asked for.
 

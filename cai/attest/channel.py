@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -26,13 +27,18 @@ from cai.attest.gpu.rim_store import RimStore
 from cai.attest.policy import VerificationPolicy
 from cai.attest.statement import ChannelStatement, Purpose, report_data
 from cai.attest.tdx.collateral import CollateralStore
+from cai.attest.tdx.quote import parse_quote
+from cai.attest.ticket import ChannelView, platform_id, verify_ticket
 from cai.attest.verdict import Binding, Check, Verdict, check, not_asked
 from cai.attest.verify import verify_evidence
-from cai.errors import CaiError, FormatError
+from cai.errors import CaiError, FormatError, InputError
 from cai.settings import Section
 
 LEAF_DATA_SIZE = 70
 """Bytes of leaf data: version, role, sequence, SPKI digest, exporter value (decisions §4)."""
+
+_LEAF_KEY = slice(6, 38)
+"""Where leaf data has the SHA-256 of the prover's SubjectPublicKeyInfo."""
 
 MAX_CHANNEL_EVIDENCE = 1024 * 1024
 """Largest encoded channel evidence, bytes: sixteen devices and an event log fit."""
@@ -80,12 +86,14 @@ class ChannelEvidence:
         evidence: quote and devices.
         index: place of the session's leaf in the tree.
         path: its inclusion path, bottom up.
+        ticket: the admission ticket that the statement names, canonical bytes; empty without one.
     """
 
     statement: bytes
     evidence: Evidence
     index: int
     path: tuple[bytes, ...]
+    ticket: bytes = b""
 
     def encode(self) -> bytes:
         """The evidence as RFC 8785 JSON; bulk bytes in base64, the statement as its own text."""
@@ -106,6 +114,8 @@ class ChannelEvidence:
         }
         if self.evidence.event_log is not None:
             body["event_log"] = _b64(self.evidence.event_log)
+        if self.ticket:
+            body["ticket"] = self.ticket.decode("utf-8")
         return jcs.canonical(body)
 
     @classmethod
@@ -130,7 +140,10 @@ class ChannelEvidence:
             ),
             index=section.integer("index", least=0, most=4095, unit="leaves"),
             path=tuple(_node(text) for text in path),
+            ticket=section.text("ticket").encode("utf-8") if section.has("ticket") else b"",
         )
+        if section.holds("ticket") and not result.ticket:
+            raise FormatError("channel evidence: an empty ticket is left out")
         section.finish()
         return result
 
@@ -171,6 +184,7 @@ def verify_channel(
     now: datetime,
     rims: RimStore | None = None,
     ocsp: OcspStore | None = None,
+    ticket_keys: Sequence[bytes] = (),
 ) -> tuple[Verdict, Facts | None]:
     """Verify a prover's evidence for one session (spec-channel §5).
 
@@ -185,6 +199,8 @@ def verify_channel(
         now: time of verification.
         rims: NVIDIA's reference measurements; ``None`` does not compare.
         ocsp: NVIDIA's revocation answers; ``None`` does not ask.
+        ticket_keys: Ed25519 keys, 32 bytes each, of the broker whose admission ticket must be
+            stapled; none asks for no ticket.
 
     Returns:
         The verdict with every check, and the facts when it passed.
@@ -218,7 +234,58 @@ def verify_channel(
         verdict = policy.apply(verdict, facts, now=now)
     # Step 8: what this client expects.
     verdict = verdict.extended(_expect_checks(statement, expect))
+    # Step 9: the key broker admits this very guest and channel key now.
+    verdict = verdict.extended(
+        ticket_checks(
+            evidence,
+            leaf,
+            keys=ticket_keys,
+            platform=platform_id(facts.tdx) if facts is not None else "",
+            simulated=anchors.simulated,
+            now=now,
+        )
+    )
     return verdict, facts if verdict.passed else None
+
+
+def check_session(
+    evidence: ChannelEvidence, leaf: bytes, *, expect: Expectation
+) -> tuple[tuple[Check, ...], ChannelStatement | None]:
+    """What the verifier must check itself where an attestation service appraises the evidence.
+
+    Steps 1, 2, 6 and 8 of spec-channel §5, and that the quote says what the statement does; whether
+    the quote is genuine is what the service answers.
+
+    Args:
+        evidence: as received.
+        leaf: the 70 bytes that the verifier computed from its own end of the session.
+        expect: what the client pins.
+
+    Returns:
+        The checks, and the statement when it can be read.
+    """
+    try:
+        statement = ChannelStatement.decode(evidence.statement)
+    except CaiError as error:
+        return (check("channel.statement", passed=False, reason=error.message),), None
+    expected = report_data(evidence.statement, Purpose.CHANNEL)
+    try:
+        said: bytes | None = parse_quote(evidence.evidence.quote).body["report_data"]
+    except InputError:
+        said = None
+    return (
+        check("channel.statement", passed=True),
+        _session_check(statement, evidence, leaf),
+        check(
+            "tdx.report_data",
+            passed=said is not None and hmac.compare_digest(said, expected),
+            observed=None if said is None else said.hex(),
+            expected=expected.hex(),
+            reason="the quote was made for another statement",
+        ),
+        *gpu_checks(statement, evidence.evidence.gpu_digest),
+        *_expect_checks(statement, expect),
+    ), statement
 
 
 def _session_check(
@@ -238,6 +305,51 @@ def _session_check(
         expected=reached.hex() if reached else f"a path that fits {statement.session_size} leaves",
         reason="the proof was made for another session",
     )
+
+
+def ticket_checks(
+    evidence: ChannelEvidence,
+    leaf: bytes,
+    *,
+    keys: Sequence[bytes],
+    platform: str,
+    simulated: bool,
+    now: datetime,
+) -> tuple[Check, ...]:
+    """Step 9: the stapled ticket is in force, and about this quote and leaf (decisions §4).
+
+    Args:
+        evidence: whose statement has been parsed before.
+        leaf: the verifier's own leaf data.
+        keys: of the broker; none asks for no ticket.
+        platform: ``platform_id`` of the verified quote, hex; empty where a service verified it.
+        simulated: whether the verifier trusts a simulated root.
+        now: time of verification.
+    """
+    statement = ChannelStatement.decode(evidence.statement)
+    if not keys:
+        return (not_asked("ticket.present", statement.ticket_digest or "none"),)
+    # A statement that names no ticket would leave the stapled one bound to nothing.
+    present = check(
+        "ticket.present",
+        passed=bool(evidence.ticket and statement.ticket_digest),
+        observed="stapled" if evidence.ticket else "none",
+        expected="a ticket that the statement names",
+        reason="the guest shows no admission ticket",
+    )
+    if not evidence.ticket or not statement.ticket_digest:
+        return (present,)
+    view = ChannelView(
+        channel_key=leaf[_LEAF_KEY].hex(),
+        launch_digest=statement.launch_digest,
+        platform=platform,
+        models=tuple(model.root for model in statement.models),
+        ticket_digest=statement.ticket_digest,
+    )
+    verdict, _ticket = verify_ticket(
+        evidence.ticket, keys=keys, view=view, simulated=simulated, now=now
+    )
+    return (present, *verdict.checks)
 
 
 def gpu_checks(statement: ChannelStatement, gpu_digest: bytes) -> list[Check]:

@@ -360,6 +360,16 @@ def parse_tdx_evidence(value: Any) -> tuple[bytes, bytes | None]:
     return quote, _base64(value["cc_eventlog"], "primary_evidence.cc_eventlog", MAX_EVENT_LOG)
 
 
+def encode_device(device: DeviceEvidence) -> dict[str, str]:
+    """One device as the member ``nvidia`` lists it."""
+    return {
+        "arch": device.arch,
+        "uuid": device.uuid,
+        "evidence": base64.b64encode(device.report).decode("ascii"),
+        "certificate": base64.b64encode(device.chain).decode("ascii"),
+    }
+
+
 def additional_evidence(
     devices: Sequence[DeviceEvidence], statement: ReleaseStatement | None
 ) -> str:
@@ -372,15 +382,7 @@ def additional_evidence(
     value: dict[str, Any] = {}
     if devices:
         value["nvidia"] = {
-            "device_evidence_list": [
-                {
-                    "arch": device.arch,
-                    "uuid": device.uuid,
-                    "evidence": base64.b64encode(device.report).decode("ascii"),
-                    "certificate": base64.b64encode(device.chain).decode("ascii"),
-                }
-                for device in devices
-            ]
+            "device_evidence_list": [encode_device(device) for device in devices]
         }
     if statement is not None:
         value["cai"] = statement.to_json()

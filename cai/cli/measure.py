@@ -22,6 +22,10 @@ def measure(
     kbs_key: Annotated[
         str, typer.Option("--kbs-key", help="The broker's ticket key to pin, 64 hex digits.")
     ] = "",
+    dialect: Annotated[
+        list[str] | None,
+        typer.Option("--dialect", help="cai/1 (default) or rats-tls, for stock TNG; repeatable."),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where launch.json is written.")
     ] = Path("launch.json"),
@@ -34,7 +38,12 @@ def measure(
     from cai.host.settings import load_host_settings
 
     encoded = write_launch(
-        load_host_settings(env), owner_key=owner_key, service_id=service, kbs=kbs, kbs_key=kbs_key
+        load_host_settings(env),
+        owner_key=owner_key,
+        service_id=service,
+        kbs=kbs,
+        kbs_key=kbs_key,
+        dialects=tuple(dialect or ("cai/1",)),
     )
     try:
         output.write_bytes(encoded)

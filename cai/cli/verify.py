@@ -1,4 +1,4 @@
-"""``cai verify``: every check of a guest's evidence, offline, at a given time."""
+"""``cai verify``: every check of a guest's evidence, from a file or from a running peer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,31 @@ UNDECIDED = 20
 
 
 def verify(
+    peer: Annotated[
+        str | None,
+        typer.Argument(help="A running egress instead of a file.", metavar="[http://HOST:PORT]"),
+    ] = None,
     evidence: Annotated[
-        Path, typer.Option("--evidence", help="Evidence file of 'cai attest', or a bare quote.")
-    ],
-    policy: Annotated[Path, typer.Option("--policy", help="The owner's policy.toml.")],
+        Path | None,
+        typer.Option("--evidence", help="Evidence file of 'cai attest', or a bare quote."),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="The owner's policy.toml.")
+    ] = None,
+    as_addr: Annotated[
+        str, typer.Option("--as-addr", help="Attestation service that judges a peer, no policy.")
+    ] = "",
+    as_policy: Annotated[
+        list[str] | None, typer.Option("--as-policy", help="A policy id of that service.")
+    ] = None,
+    as_certificate: Annotated[
+        list[Path] | None,
+        typer.Option("--as-certificate", help="PEM that its tokens must lead to."),
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option("--expect", help="NAME=VALUE of a peer: launch, service, owner, model_root…"),
+    ] = None,
     at: Annotated[
         str, typer.Option("--at", help="Time of the verification, RFC 3339; now without it.")
     ] = "",
@@ -52,7 +73,28 @@ def verify(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Verify evidence: exit status 0 pass, 10 fail, 20 cannot decide, 2 wrong usage."""
+    """Verify evidence: exit status 0 pass, 10 fail, 20 cannot decide, 2 wrong usage.
+
+    With http://HOST:PORT the evidence is that of a running egress: it is dialled and has to prove
+    itself as to an ingress, and no request is sent.
+    """
+    if peer is not None:
+        from tng.cli.verify_peer import PeerOptions, verify_peer
+
+        if evidence is not None or at or report_data:
+            raise UsageError("--evidence, --at and --report-data are about a file, not a peer")
+        verify_peer(
+            peer,
+            PeerOptions(
+                policy, collateral, rims, ocsp, unsafe_simulated_root, as_addr,
+                tuple(as_policy or ()), tuple(as_certificate or ()), tuple(expect or ()),
+            ),
+        )  # fmt: skip
+        return
+    if evidence is None or policy is None:
+        raise UsageError("give --evidence FILE and --policy FILE, or http://HOST:PORT of a peer")
+    if as_addr or as_policy or as_certificate or expect:
+        raise UsageError("--as-…, and --expect, are about a peer, not a file")
     try:
         verdict, moment, digest = _verify(
             evidence, policy, at, collateral, rims, ocsp, report_data, unsafe_simulated_root
@@ -60,7 +102,7 @@ def verify(
     except InputError as error:
         # A file that is absent or malformed here is the caller's; evidence never gets this far.
         raise UsageError(error.message, hint=error.hint) from error
-    _tell(current(), verdict, moment, digest)
+    tell(current(), verdict, moment, digest)
 
 
 def _verify(
@@ -106,7 +148,15 @@ def _verify(
     return verdict, moment, wanted.digest
 
 
-def _tell(terminal: Terminal, verdict: Verdict, moment: datetime, digest: str) -> None:
+def tell(terminal: Terminal, verdict: Verdict, moment: datetime, digest: str) -> None:
+    """Print a verdict and end with its exit status.
+
+    Args:
+        terminal: where to.
+        verdict: every check.
+        moment: of the verification.
+        digest: of the policy, hex; empty when a service judged.
+    """
     from cai.attest.evidence_file import undecided
 
     absent = undecided(verdict)

@@ -27,7 +27,8 @@ from cai.errors import (
     Tampered,
     from_os_error,
 )
-from cai.host.agent import Agent, serve_channel_socket
+from cai.host.agent import Agent
+from cai.host.agent_socket import serve_channel_socket
 from cai.host.lease import LeaseKeeper, sleep_until
 from cai.host.model_mount import ModelMount
 from cai.host.release import Release, fetch_release
@@ -112,6 +113,8 @@ async def _keep(
         return renewed
 
     keeper = LeaseKeeper(release, renew, lambda renewed: _hold(plan, renewed))
+    if release.lease is not None:
+        plan.agent.renew = keeper.renew_soon
     withdrawal = await _while_up(keeper.run(), mount, stop)
     # No new session from here on; what runs has until the drain is over.
     plan.agent.stop(withdrawal.error.message)
@@ -123,7 +126,7 @@ def _hold(plan: HostPlan, release: Release) -> None:
     agent = plan.agent
     agent.keep_devices(release.nonce, release.devices, release.collected_at)
     agent.expires_at = release.expires_at
-    agent.ticket = b"" if release.lease is None else release.lease.ticket
+    agent.keep_ticket(b"" if release.lease is None else release.lease.ticket)
 
 
 async def _while_up(

@@ -18,6 +18,9 @@ from cai.settings import Section, refuse_unknown
 MAX_LAUNCH = 256 * 1024
 """Largest ``launch.json``, bytes."""
 
+DIALECTS = ("cai/1", "rats-tls")
+"""What a gateway may speak: our dialect, and stock TNG's with evidence that binds only its key."""
+
 KBS_FORMS = ("cai", "trustee")
 """Release forms: to a CAI key broker, or to a stock one (decisions §2.3)."""
 
@@ -72,7 +75,13 @@ class Launch:
 
 
 def write_launch(
-    settings: HostSettings, *, owner_key: str, service_id: str, kbs: str = "cai", kbs_key: str = ""
+    settings: HostSettings,
+    *,
+    owner_key: str,
+    service_id: str,
+    kbs: str = "cai",
+    kbs_key: str = "",
+    dialects: tuple[str, ...] = ("cai/1",),
 ) -> bytes:
     """The bytes of a ``launch.json`` for these settings.
 
@@ -83,7 +92,7 @@ def write_launch(
         {
             "cai-launch": LAUNCH_VERSION,
             "compose_sha256": "",
-            "dialects": ["cai/1"],
+            "dialects": list(dialects),
             "images": {},
             "kbs": kbs,
             "kbs_key": kbs_key,
@@ -115,13 +124,19 @@ def parse_launch(data: bytes) -> Launch:
             f"launch.json: kbs is {kbs[:32]!r}", hint=f"known are: {', '.join(KBS_FORMS)}"
         )
     kbs_key = section.text("kbs_key", "")
+    dialects = tuple(section.texts("dialects"))
+    if not dialects or not set(dialects) <= set(DIALECTS):
+        raise SettingError(
+            "launch.json: dialects names one that is unknown, or none",
+            hint=f"known are: {', '.join(DIALECTS)}",
+        )
     launch = Launch(
         encoded=data,
         settings=settings,
         owner_key=_key(section.text("owner_key"), "owner_key"),
         service_id=section.text("service_id"),
         kbs=kbs,
-        dialects=tuple(section.texts("dialects")),
+        dialects=dialects,
         images=images,
         compose_sha256=section.text("compose_sha256"),
         kbs_key=_key(kbs_key, "kbs_key") if kbs_key else "",

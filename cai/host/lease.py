@@ -8,6 +8,7 @@ now, is tried again until the lease runs out by the guest's own clock, which cou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,9 @@ RENEW_FRACTION = 3
 
 RETRY_S = 5.0
 """Pause after a renewal that the broker did not decide, seconds."""
+
+SOON_S = 1.0
+"""Least time between a lease and a renewal that somebody asks for, seconds."""
 
 LOOK_S = 5.0
 """How long at most a sleep goes on without a look at the clock that counts suspension, seconds."""
@@ -70,12 +74,17 @@ class LeaseKeeper:
         self._fetch = fetch
         self._renewed = renewed
         self._clock = clock
+        self._asked = asyncio.Event()
+
+    def renew_soon(self) -> None:
+        """Renew now, or as soon as the last lease is ``SOON_S`` old."""
+        self._asked.set()
 
     async def run(self) -> Withdrawal:
         """Renew until the broker refuses or the lease runs out."""
         try_at = self._next()
         while True:
-            await sleep_until(min(try_at, self._expires), self._clock)
+            await self._wait(min(try_at, self._expires))
             left = self._expires - self._clock()
             if left <= 0:
                 return self._withdrawal(_expired())
@@ -93,6 +102,21 @@ class LeaseKeeper:
             self._release = renewed
             self._renewed(renewed)
             try_at = self._next()
+
+    async def _wait(self, moment: float) -> None:
+        """Sleep until a moment, or until somebody asks for a renewal."""
+        least = self._release.sent_at + SOON_S
+        while (left := moment - self._clock()) > 0:
+            if self._asked.is_set():
+                left = min(left, least - self._clock())
+                if left <= 0:
+                    break
+                await asyncio.sleep(min(left, LOOK_S))
+                continue
+            # The event loop's own clock stands still while the guest is suspended.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), min(left, LOOK_S))
+        self._asked.clear()
 
     @property
     def _expires(self) -> float:

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 from cai import merkle
+from cai.attest.agent_client import PROOF_WAIT_S, Busy
 from cai.attest.channel import ChannelEvidence
 from cai.attest.evidence import Evidence, QuoteSource
-from cai.errors import CaiError, Refused
+from cai.errors import CaiError
 
 MAX_BATCH = 4096
 """Most leaves of one session tree."""
 
-MAX_WAITING_LEAVES = 4096
-"""Most sessions that may wait for the next quote; the newest beyond it is refused."""
+MAX_WAITING_LEAVES = 3072
+"""Most new sessions that may wait for the next quote; the newest beyond it is refused."""
+
+MAX_WAITING_RENEWALS = MAX_BATCH - MAX_WAITING_LEAVES
+"""Most running sessions that may wait to be proven again; no new session takes their places."""
+
+MAX_WAITING_PER_SOURCE = 512
+"""Most new sessions of one source that may wait for the next quote."""
 
 
 class Urgency(IntEnum):
@@ -78,18 +87,32 @@ class QuoteQueue:
 
 @dataclass(frozen=True, slots=True)
 class SignedTree:
-    """A session tree's root under a quote."""
+    """A session tree's root under a quote, and the admission ticket that the statement names."""
 
     statement: bytes
     evidence: Evidence
+    ticket: bytes = b""
 
 
 SignTree = Callable[[bytes, int], Awaitable[SignedTree]]
 """Makes statement and quote for a session root and tree size."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    leaf: bytes
+    proof: asyncio.Future[ChannelEvidence]
+
+    @property
+    def over(self) -> bool:
+        return self.proof.done()
+
+
 class SessionBatcher:
     """Collects waiting leaves into one tree per quote.
+
+    One quote is in flight while the next batch forms. Running sessions that are proven again go
+    before new ones and have places of their own, so that a flood of new ones cannot end them.
 
     Args:
         sign: makes statement and quote for a root.
@@ -97,31 +120,67 @@ class SessionBatcher:
 
     def __init__(self, sign: SignTree) -> None:
         self._sign = sign
-        self._forming: list[tuple[bytes, asyncio.Future[ChannelEvidence]]] = []
+        self._renewals: dict[int, _Waiting] = {}
+        self._new: dict[int, _Waiting] = {}
+        self._count = 0
+        self._sources: Counter[str] = Counter()
         self._worker: asyncio.Task[None] | None = None
 
-    async def prove(self, leaf: bytes) -> ChannelEvidence:
+    @property
+    def waiting(self) -> int:
+        """Leaves that wait for the next quote."""
+        return len(self._renewals) + len(self._new)
+
+    async def prove(
+        self, leaf: bytes, *, source: str = "", renewal: bool = False
+    ) -> ChannelEvidence:
         """Evidence whose tree holds this leaf hash.
 
+        Args:
+            leaf: of the session.
+            source: for whom; of one source so many new sessions wait and no more.
+            renewal: the session runs already.
+
         Raises:
-            Refused: too many sessions wait, or the guest may not prove now.
+            Busy: too many sessions wait; the newest is refused.
+            Refused: the guest may not prove now, or made no quote within ``PROOF_WAIT_S``.
         """
-        if len(self._forming) >= MAX_WAITING_LEAVES:
-            raise Refused(f"{MAX_WAITING_LEAVES} sessions already wait for a quote")
+        queue = self._renewals if renewal else self._new
+        self._demand_room(source, renewal=renewal)
         proof: asyncio.Future[ChannelEvidence] = asyncio.get_running_loop().create_future()
-        self._forming.append((leaf, proof))
+        self._count += 1
+        place = self._count
+        queue[place] = _Waiting(leaf, proof)
+        self._sources[source] += not renewal
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await proof
+        try:
+            async with asyncio.timeout(PROOF_WAIT_S):
+                return await proof
+        except TimeoutError as error:
+            raise Busy(f"no quote could be made within {PROOF_WAIT_S:g} s") from error
+        finally:
+            # Who gave up waiting leaves no leaf behind.
+            queue.pop(place, None)
+            if not renewal:
+                self._sources[source] -= 1
+                if not self._sources[source]:
+                    del self._sources[source]
+
+    def _demand_room(self, source: str, *, renewal: bool) -> None:
+        if renewal:
+            if len(self._renewals) >= MAX_WAITING_RENEWALS:
+                raise Busy(f"{MAX_WAITING_RENEWALS} running sessions already wait for a quote")
+            return
+        if len(self._new) >= MAX_WAITING_LEAVES:
+            raise Busy(f"{MAX_WAITING_LEAVES} new sessions already wait for a quote")
+        if self._sources[source] >= MAX_WAITING_PER_SOURCE:
+            raise Busy(f"{MAX_WAITING_PER_SOURCE} sessions of this source already wait")
 
     async def _work(self) -> None:
-        while self._forming:
-            batch, self._forming = self._forming[:MAX_BATCH], self._forming[MAX_BATCH:]
-            # Who gave up waiting costs no place in the tree.
-            batch = [item for item in batch if not item[1].done()]
-            if not batch:
-                continue
-            leaves = [leaf for leaf, _proof in batch]
+        while self._renewals or self._new:
+            batch = self._take()
+            leaves = [item.leaf for item in batch]
             try:
                 signed = await self._sign(merkle.root(leaves), len(leaves))
             except CaiError as error:
@@ -130,17 +189,24 @@ class SessionBatcher:
             except Exception:
                 _fail(batch, CaiError("the quote could not be made"))
                 raise
-            for index, (_leaf, proof) in enumerate(batch):
-                if not proof.done():
-                    path = tuple(merkle.inclusion_path(leaves, index))
-                    proof.set_result(
-                        ChannelEvidence(signed.statement, signed.evidence, index, path)
+            paths = merkle.inclusion_paths(leaves)
+            for index, (item, path) in enumerate(zip(batch, paths, strict=True)):
+                if not item.over:
+                    item.proof.set_result(
+                        ChannelEvidence(
+                            signed.statement, signed.evidence, index, path, signed.ticket
+                        )
                     )
 
+    def _take(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        for queue in (self._renewals, self._new):
+            places = list(islice(queue, MAX_BATCH - len(batch)))
+            batch += [queue.pop(place) for place in places]
+        return batch
 
-def _fail(
-    batch: list[tuple[bytes, asyncio.Future[ChannelEvidence]]], error: CaiError
-) -> None:
-    for _leaf, proof in batch:
-        if not proof.done():
-            proof.set_exception(error)
+
+def _fail(batch: list[_Waiting], error: CaiError) -> None:
+    for item in batch:
+        if not item.over:
+            item.proof.set_exception(error)

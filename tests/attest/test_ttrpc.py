@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.attest import ttrpc
-from cai.attest.agent_client import parse_prove
+from cai.attest.agent_client import ProofRequest
 from cai.errors import CaiError, FormatError, LimitExceeded
 
 
@@ -44,7 +44,8 @@ def test_unknown_fields_are_skipped() -> None:
 
 @given(st.binary(max_size=100))
 def test_garbage_never_leaks_a_builtin_exception(data: bytes) -> None:
-    for parse in (ttrpc.Request.decode, ttrpc.Response.decode, ttrpc.Header.decode, parse_prove):
+    types = (ttrpc.Request, ttrpc.Response, ttrpc.Header, ProofRequest)
+    for parse in (kind.decode for kind in types):
         try:
             parse(data)
         except CaiError:
@@ -59,4 +60,4 @@ def test_an_oversized_frame_is_refused_before_it_is_read() -> None:
 @pytest.mark.parametrize("leaf", [b"", bytes(31), bytes(33), bytes(70)])
 def test_a_leaf_has_exactly_32_bytes(leaf: bytes) -> None:
     with pytest.raises(FormatError):
-        parse_prove(ttrpc.bytes_field(1, leaf))
+        ProofRequest.decode(ttrpc.bytes_field(1, leaf))

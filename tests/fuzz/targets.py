@@ -7,6 +7,7 @@ the normal test run goes through a small deterministic set of mutations instead.
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cai import jcs
 from cai.attest import rcar, ttrpc
-from cai.attest.agent_client import parse_prove
+from cai.attest.agent_client import ProofRequest
 from cai.attest.certificates import load_chain, verify_chain
 from cai.attest.channel import ChannelEvidence
 from cai.attest.evidence_file import decode_evidence
@@ -38,6 +39,19 @@ from cai.attest.tdx.pck import parse_sgx_extension
 from cai.attest.tdx.quote import parse_header, parse_quote
 from cai.attest.tdx.verify import verify_quote
 from cai.errors import CaiError
+from tests.fuzz.ohttp import OHTTP
+from tng.channel.frames import Frame, FrameDecoder, FrameType, encode
+from tng.channel.hello import offered_protocols
+from tng.stock import cbor
+from tng.stock.certificate import (
+    CocoEvidence,
+    bound_key,
+    make_certificate,
+    parse_certificate,
+    runtime_data,
+    spki_der,
+)
+from tng.stock.token import Token, verify_token
 
 WHEN = datetime(2026, 6, 1, tzinfo=UTC)
 SEED = b"fuzz"
@@ -169,6 +183,59 @@ def ocsp_answer(data: bytes) -> object:
     return authenticate_answer(data, certificate=chain[1], issuer=chain[2], now=WHEN)
 
 
+def stock_certificate(data: bytes) -> object:
+    """A peer's certificate, its claims, and the key that they bind."""
+    presented = parse_certificate(data)
+    if presented.evidence is None:
+        return presented
+    return bound_key(presented.evidence.claims)
+
+
+def stock_evidence(data: bytes) -> object:
+    """What the certificate's extension carries, without the certificate."""
+    return bound_key(CocoEvidence.decode(data).claims)
+
+
+def token(data: bytes) -> object:
+    """A token of an attestation service, verified against no root."""
+    parsed = Token.parse(data.decode("latin-1"))
+    assert verify_token(parsed, roots=(), policy_ids=("default",), now=WHEN)
+    return parsed.runtime_claims
+
+
+def hello(data: bytes) -> object:
+    """A client's first message; what is not complete yet is an answer too."""
+    return offered_protocols(b"\x16" + data[1:]) if data else None
+
+
+def frames(data: bytes) -> object:
+    """Frames of a session, in two pieces."""
+    decoder = FrameDecoder()
+    half = len(data) // 2
+    return decoder.feed(data[:half]) + decoder.feed(data[half:])
+
+
+@cache
+def _stock_seeds() -> tuple[bytes, bytes, bytes]:
+    """A certificate, its evidence, and a first message that offers protocols."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from tng.channel.tls import TlsSession, client_context
+
+    key = ec.derive_private_key(7, ec.SECP256R1())
+    text = runtime_data(spki_der(key.public_key()))
+    evidence = CocoEvidence("tdx", b"{}", b"{}", text)
+    session = TlsSession(client_context(), server=False)
+    session.start()
+    certificate = make_certificate(key, evidence, now=WHEN).der
+    return certificate, evidence.encode(), session.outgoing()
+
+
+def _token_seed() -> bytes:
+    parts = (b'{"alg":"ES256"}', b'{"exp":1,"submods":{"cpu0":{"ear.status":"affirming"}}}', b"s")
+    return b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+
+
 TARGETS: Mapping[str, Target] = {
     "quote": quote,
     "verified-quote": verified_quote,
@@ -189,9 +256,16 @@ TARGETS: Mapping[str, Target] = {
     "rcar-request": rcar.Request.parse,
     "rcar-challenge": rcar.Challenge.parse,
     "rcar-attestation": rcar.Attestation.parse,
-    "agent-prove": parse_prove,
+    "agent-prove": ProofRequest.decode,
     "ttrpc-header": ttrpc.Header.decode,
     "ttrpc-request": ttrpc.Request.decode,
+    "cbor": cbor.decode,
+    "stock-certificate": stock_certificate,
+    "stock-evidence": stock_evidence,
+    "token": token,
+    "hello": hello,
+    "frames": frames,
+    **{name: target for name, (target, _seeds) in OHTTP.items()},
 }
 """Every target by its name on the command line."""
 
@@ -218,8 +292,16 @@ def corpus(name: str) -> tuple[bytes, ...]:
         "policy": (POLICY,),
         "measurements": (b'{"mr_td":["00"],"profile":"sealed"}',),
         "rcar-request": (rcar.Request(tee="tdx").encode(),),
+        "cbor": (_stock_seeds()[1],),
+        "stock-certificate": (_stock_seeds()[0],),
+        "stock-evidence": (_stock_seeds()[1],),
+        "token": (_token_seed(),),
+        "hello": (_stock_seeds()[2],),
+        "frames": (encode(Frame(FrameType.DATA, 1, b"hello")) * 2,),
         "rcar-challenge": (jcs.canonical(rcar.Challenge.for_nonce(bytes(32)).to_json()),),
     }
+    if name in OHTTP:
+        return OHTTP[name][1]
     return known.get(name, (b"{}", b"\x00" * 16))
 
 

@@ -16,7 +16,10 @@ USUAL_ROUNDS = 1000
 WHOLE = {
     "quote", "verified-quote", "event-log", "log-area", "gpu-report", "device-chain",
     "reference-file", "rim-answer", "ocsp-answer", "collateral", "sgx-extension", "policy",
-    "rcar-request", "rcar-challenge",
+    "rcar-request", "rcar-challenge", "cbor", "stock-certificate", "stock-evidence", "token",
+    "hello", "frames",
+    "ohttp-request", "ohttp-key-list", "ohttp-key-request", "ohttp-key-answer",
+    "ohttp-metadata", "binary-request", "binary-response",
 }
 """Targets whose first seed is accepted, so that mutations start from the inside."""
 

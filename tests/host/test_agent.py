@@ -12,12 +12,13 @@ import pytest
 
 from cai import merkle
 from cai.attest import ttrpc
-from cai.attest.agent_client import CHANNEL_SERVICE, ChannelAgent
-from cai.attest.channel import MAX_GPU_AGE_S
+from cai.attest.agent_client import CHANNEL_SERVICE, ChannelAgent, ProofRequest, SessionProof
+from cai.attest.channel import MAX_GPU_AGE_S, ChannelEvidence
 from cai.attest.evidence import DeviceEvidence
 from cai.attest.statement import ChannelStatement, Purpose, ServedModel, report_data
 from cai.errors import ListenerFailed, PeerUnreachable, Refused
-from cai.host.agent import Agent, now, serve_channel_socket
+from cai.host.agent import Agent, now
+from cai.host.agent_socket import serve_channel_socket
 from cai.host.launch import Launch
 
 LAUNCH = Launch(b"{}", settings={}, owner_key="ab" * 32, service_id="demo")
@@ -70,9 +71,15 @@ def with_socket(
     return asyncio.run(serve())
 
 
+async def prove(client: ChannelAgent) -> ChannelEvidence:
+    proof = await client.prove(ProofRequest(LEAF))
+    assert isinstance(proof, SessionProof)
+    return proof.evidence
+
+
 def test_the_agent_fills_the_statement(tmp_path: Path) -> None:
     agent = serving_agent()
-    proof = with_socket(agent, tmp_path / "s", lambda client: client.prove(LEAF))
+    proof = with_socket(agent, tmp_path / "s", prove)
     statement = ChannelStatement.decode(proof.statement)
     assert statement.session_root == LEAF.hex()
     assert statement.models == (MODEL,)
@@ -94,7 +101,7 @@ def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
 
 def test_epochs_count_quotes(tmp_path: Path) -> None:
     async def twice(client: ChannelAgent) -> list[int]:
-        proofs = [await client.prove(LEAF) for _ in range(2)]
+        proofs = [await prove(client) for _ in range(2)]
         return [ChannelStatement.decode(proof.statement).epoch for proof in proofs]
 
     assert with_socket(serving_agent(), tmp_path / "s", twice) == [1, 2]
@@ -126,14 +133,16 @@ def test_an_agent_that_may_not_prove_says_why(
     agent = serving_agent()
     change(agent)
     with pytest.raises(Refused, match=reason):
-        with_socket(agent, tmp_path / "s", lambda client: client.prove(LEAF))
+        with_socket(agent, tmp_path / "s", prove)
     assert agent.epoch == 0
 
 
 @pytest.mark.parametrize("leaf", [b"", bytes(70), bytes(31)])
 def test_only_a_leaf_hash_is_accepted(tmp_path: Path, leaf: bytes) -> None:
     with pytest.raises(Refused, match="32 bytes"):
-        with_socket(serving_agent(), tmp_path / "s", lambda client: client.prove(leaf))
+        with_socket(
+            serving_agent(), tmp_path / "s", lambda client: client.prove(ProofRequest(leaf))
+        )
 
 
 async def raw_call(path: Path, data: bytes) -> bytes:
@@ -172,14 +181,14 @@ def test_the_channel_socket_is_no_quoting_oracle(
 def test_garbage_callers_are_dropped_and_others_served(tmp_path: Path, data: bytes) -> None:
     async def work(client: ChannelAgent) -> int:
         assert await raw_call(tmp_path / "s", data) == b""
-        return (await client.prove(LEAF)).index
+        return (await prove(client)).index
 
     assert with_socket(serving_agent(), tmp_path / "s", work) == 0
 
 
 def test_no_agent_is_an_unreachable_peer(tmp_path: Path) -> None:
     with pytest.raises(PeerUnreachable, match="does not answer"):
-        asyncio.run(ChannelAgent(tmp_path / "absent").prove(LEAF))
+        asyncio.run(prove(ChannelAgent(tmp_path / "absent")))
 
 
 def test_a_socket_path_that_cannot_be_made(tmp_path: Path) -> None:

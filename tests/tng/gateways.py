@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cai import merkle
+from cai.attest.agent_client import ProofRequest, SessionProof
 from cai.attest.channel import ChannelEvidence
 from cai.attest.evidence import Evidence
 from cai.attest.statement import (
@@ -22,9 +24,9 @@ from cai.attest.statement import (
     report_data,
 )
 from cai.errors import PeerError
-from tng.config import Config, parse
-from tng.journal import Journal
-from tng.service import Gateway
+from tng.config.entries import Config, parse
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedGuest
@@ -73,12 +75,17 @@ class FakeAgent:
     others: tuple[bytes, ...] = ()
     changes: dict[str, object] = field(default_factory=dict)
     answer: Callable[[bytes], Awaitable[ChannelEvidence]] | None = None
+    requests: list[ProofRequest] = field(default_factory=list)
+    ticket: bytes = b""
+    good_for_s: float = math.inf
 
-    async def prove(self, leaf: bytes) -> ChannelEvidence:
-        self.calls.append(leaf)
+    async def prove(self, request: ProofRequest) -> SessionProof:
+        self.calls.append(request.leaf)
+        self.requests.append(request)
         if self.answer:
-            return await self.answer(leaf)
-        return self.evidence([leaf, *self.others])
+            return SessionProof(await self.answer(request.leaf), self.good_for_s)
+        evidence = self.evidence([request.leaf, *self.others])
+        return SessionProof(replace(evidence, ticket=self.ticket), self.good_for_s)
 
     def evidence(self, leaves: list[bytes], index: int = 0) -> ChannelEvidence:
         world = self.world
@@ -209,11 +216,13 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     return head, await reader.readexactly(length)
 
 
+def echo(head: bytes, body: bytes) -> bytes:
+    """The answer of a small engine: the request's first line and body."""
+    answer = head.split(b"\r\n")[0] + b"|" + body
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
+
+
 async def echo_engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A small engine: answers with the request's first line and body."""
-    head, body = await read_request(reader)
-    answer = head.split(b"\r\n")[0] + b"|" + body
-    writer.write(
-        b"HTTP/1.1 200 OK\r\ncontent-length: " + str(len(answer)).encode() + b"\r\n\r\n" + answer
-    )
+    writer.write(echo(*await read_request(reader)))
     await writer.drain()

@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.errors import FormatError
-from tng.frames import (
+from tng.channel.frames import (
     HEADER_SIZE,
     MAX_DATA,
     MAX_EVIDENCE,
     MAX_STREAM,
     MAX_TEXT,
     PAD_BUCKET,
-    Code,
     Frame,
     FrameDecoder,
     FrameType,
@@ -25,6 +24,7 @@ from tng.frames import (
     parse_reason,
     reason,
 )
+from tng.streams import Code
 
 frames = st.one_of(
     st.builds(
@@ -50,7 +50,7 @@ frames = st.one_of(
 
 
 def test_known_answers() -> None:
-    """docs/spec-channel.md §9."""
+    """docs/spec-channel.md §11."""
     data = encode(Frame(FrameType.DATA, 1, b"hello"))
     assert data.hex() == "12000005" "00000001" "68656c6c6f"
     pad = padding_for(len(data))

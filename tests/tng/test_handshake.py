@@ -17,14 +17,14 @@ from cai.attest.tdx.collateral import load_collateral
 from cai.attest.verdict import Verdict
 from cai.errors import CaiError, FormatError, PeerError, PeerWithoutEvidence
 from tests.tng.gateways import FakeAgent, World
-from tng.handshake import (
+from tng.channel.handshake import (
     EXPORTER_LABEL,
     Claim,
     SessionProver,
     SessionVerifier,
     exporter_context,
 )
-from tng.tls import ALPN, ChannelKey, TlsSession, client_context, server_context
+from tng.channel.tls import ALPN, ChannelKey, TlsSession, client_context, server_context
 
 SPKI = b"the prover's key"
 OTHER_SPKI = b"another key"
@@ -67,7 +67,7 @@ def failed(verdict: Verdict) -> set[str]:
 
 
 def test_context_known_answer() -> None:
-    """docs/spec-channel.md §9."""
+    """docs/spec-channel.md §11."""
     prove = bytes(range(32)) + bytes(4)
     assert exporter_context(prove, bytes(range(32, 64))).hex() == (
         "fb520e8456d9eacc9dbab543dd218a65e43eb894cacac66c0a54a29af6685b2d"

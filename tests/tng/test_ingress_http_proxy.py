@@ -122,7 +122,7 @@ async def test_a_listener_on_every_address_is_itself_on_every_address() -> None:
 
 
 async def test_a_slow_head_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tng.http1.HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.ingress.http1.HEAD_TIMEOUT_S", 0.2)
     async with running(proxy_config(STOCK)) as inside:
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", port_of(inside, "ingress[0]")
@@ -137,7 +137,7 @@ async def test_a_slow_head_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_idle_connection_is_closed_without_a_word(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tng.http1.KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr("tng.ingress.http1.KEEP_ALIVE_S", 0.2)
     async with running(proxy_config(STOCK)) as inside:
         assert await talk(port_of(inside, "ingress[0]"), b"") == b""
 

@@ -378,12 +378,12 @@ async def test_a_channel_past_its_age_is_replaced(
 async def test_old_gpu_evidence_shortens_the_session(
     world: World, agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tng import verify_peer
+    from tng.peers import judge
 
     ages: list[float] = []
-    real = verify_peer._max_age
+    real = judge.max_age
     monkeypatch.setattr(
-        verify_peer, "_max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
+        judge, "max_age", lambda evidence: ages.append(real(evidence)) or ages[-1]
     )
     gpu = agent.evidence([bytes(32)])
     from cai.attest.statement import ChannelStatement, GpuFacts

@@ -12,8 +12,10 @@ from cai import merkle
 from cai.attest.verdict import Verdict
 from cai.errors import InputMissing
 from tests.tng.gateways import FakeAgent, World
-from tng.config import BuiltinVerify, parse
-from tng.verify_peer import BuiltinJudge
+from tng.config.entries import parse
+from tng.config.trust import BuiltinVerify
+from tng.peers.judge import BuiltinJudge
+from tng.peers.references import References
 
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
@@ -51,13 +53,13 @@ def verify_settings(world: World, references: Path, **more: object) -> BuiltinVe
         ]
     }
     (entry,) = parse(value, where="c").ingress
-    assert isinstance(entry.verify, BuiltinVerify)
-    return entry.verify
+    assert isinstance(entry.trust.verify, BuiltinVerify)
+    return entry.trust.verify
 
 
 def judged(world: World, agent: FakeAgent, settings: BuiltinVerify) -> Verdict:
     evidence = agent.evidence([merkle.leaf_hash(LEAF)])
-    return BuiltinJudge(settings)._verify(LEAF, evidence, "peer")
+    return BuiltinJudge(settings, References.load(settings))._verify(LEAF, evidence, "peer")
 
 
 def failures(verdict: Verdict) -> set[str]:
@@ -91,4 +93,4 @@ def test_directories_that_are_not_there(world: World, references: Path, tmp_path
     for name in ("rims", "ocsp"):
         settings = verify_settings(world, references, **{name: str(tmp_path / "none")})
         with pytest.raises(InputMissing):
-            BuiltinJudge(settings)
+            References.load(settings)

@@ -13,7 +13,20 @@ import pytest
 from OpenSSL import SSL
 
 from cai.attest.channel import ChannelEvidence
-from cai.errors import PeerError, PeerUnreachable
+from cai.errors import PeerUnreachable
+from tests.tng.attackers import (
+    ACK,
+    OPEN,
+    PROVE,
+    READY,
+    CountingEngine,
+    Impostor,
+    get,
+    prove,
+    raw_client,
+    refused,
+    refused_behind,
+)
 from tests.tng.gateways import (
     FakeAgent,
     World,
@@ -26,59 +39,11 @@ from tests.tng.gateways import (
     serving,
     talk,
 )
-from tng.frames import Code, Frame, FrameDecoder, FrameType, encode, parse_reason
-from tng.tls import ChannelKey, TlsSession, client_context, server_context
+from tng.channel.frames import Frame, FrameType, parse_reason
+from tng.channel.tls import ChannelKey, TlsSession, client_context, server_context
+from tng.streams import Code
 
 pytestmark = pytest.mark.anyio
-
-
-def get(port: int) -> bytes:
-    return (
-        f"GET http://127.0.0.1:{port}/ HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
-        "connection: close\r\n\r\n"
-    ).encode()
-
-
-def connect(port: int) -> bytes:
-    return f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n\r\n".encode()
-
-
-async def refused(world: World, port: int, **verify: object) -> dict[str, str]:
-    """What a client learns that asks for this peer, by GET and by CONNECT alike."""
-    async with running(proxy_config(world.verify(**verify))) as inside:
-        proxy = port_of(inside, "ingress[0]")
-        answer = await talk(proxy, get(port))
-        tunnel = await talk(proxy, connect(port))
-    assert answer.startswith(b"HTTP/1.1 502 "), answer
-    assert tunnel.startswith(b"HTTP/1.1 502 "), tunnel
-    assert error_of(tunnel)["code"] == error_of(answer)["code"]
-    return error_of(answer)
-
-
-class CountingEngine:
-    """An engine that counts its connections."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        await echo_engine(reader, writer)
-
-
-async def refused_behind(
-    world: World, agent: FakeAgent, tmp_path: Path, **verify: object
-) -> dict[str, str]:
-    """As ``refused``, with a real egress; its engine must see nothing."""
-    engine = CountingEngine()
-    socket = tmp_path / "engine.sock"
-    async with (
-        serving(engine, socket),
-        running(egress_config({"unix": str(socket)}), agent) as outside,
-    ):
-        error = await refused(world, port_of(outside, "egress[0]"), **verify)
-    assert engine.connections == 0
-    return error
 
 
 # Evidence that does not pass
@@ -244,7 +209,7 @@ async def test_a_server_that_closes(world: World) -> None:
 
 
 async def test_a_silent_server(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tng.link.TLS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.link.TLS_TIMEOUT_S", 0.2)
 
     async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -280,30 +245,6 @@ async def test_plain_tls_without_our_alpn(world: World) -> None:
     assert "not cai/1" in error["message"]
 
 
-class Impostor:
-    """Speaks ``cai/1`` TLS, then sends whatever frames a test gives; keeps what it got."""
-
-    def __init__(self, *frames: Frame) -> None:
-        self.frames = frames
-        self.got: list[Frame] = []
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tls = TlsSession(server_context(ChannelKey()), server=True)
-        decoder = FrameDecoder()
-        greeted = False
-        while data := await reader.read(65536):
-            self.got += decoder.feed(tls.receive(data))
-            if tls.established and not greeted:
-                greeted = True
-                for frame in self.frames:
-                    tls.send(encode(frame))
-            writer.write(tls.outgoing())
-
-
-ACK = Frame(FrameType.ACK, 0, bytes(32))
-READY = Frame(FrameType.READY)
-
-
 @pytest.mark.parametrize(
     "frames",
     [
@@ -332,7 +273,7 @@ async def test_an_impostor_gets_no_application_byte(
 async def test_an_impostor_that_never_proves(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.session.PROOF_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.session.PROOF_TIMEOUT_S", 0.2)
     async with serving(Impostor(READY, ACK)) as port:
         error = await refused(world, port)
     assert error["code"] == "peer-no-evidence"
@@ -431,7 +372,7 @@ async def test_a_fault_of_our_own_is_told_by_kind_only(
     def broken(*_args: object, **_kw: object) -> None:
         raise ValueError("secret words")
 
-    monkeypatch.setattr("tng.verify_peer.verify_channel", broken)
+    monkeypatch.setattr("tng.peers.judge.verify_channel", broken)
     log = io.StringIO()
     socket = tmp_path / "engine.sock"
     engine = CountingEngine()
@@ -510,38 +451,6 @@ async def test_ordinary_https_to_the_egress_port(agent: FakeAgent, tmp_path: Pat
     assert not agent.calls
 
 
-async def raw_client(port: int, *frames: Frame) -> list[Frame]:
-    """A client of an egress that sends these frames after TLS; what it is answered until close."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    tls = TlsSession(client_context(), server=False)
-    tls.start()
-    writer.write(tls.outgoing())
-    decoder = FrameDecoder()
-    got: list[Frame] = []
-    sent = False
-    try:
-        async with asyncio.timeout(15):
-            while data := await reader.read(65536):
-                try:
-                    got += decoder.feed(tls.receive(data))
-                except PeerError:
-                    break
-                if tls.established and not sent:
-                    sent = True
-                    for frame in frames:
-                        tls.send(encode(frame))
-                writer.write(tls.outgoing())
-    except OSError:
-        pass
-    finally:
-        writer.close()
-    return got
-
-
-PROVE = Frame(FrameType.PROVE, 0, bytes(36))
-OPEN = Frame(FrameType.OPEN, 1)
-
-
 @pytest.mark.parametrize(
     "frames",
     [
@@ -592,13 +501,27 @@ async def test_no_stream_reaches_the_engine_before_the_client_is_ready(
     assert engine.connections == 0
 
 
-async def test_a_further_proof_is_answered_by_going_away(
-    agent: FakeAgent, tmp_path: Path
+@pytest.mark.parametrize("seq", [0, 2, 2**32 - 1])
+async def test_a_further_proof_under_another_number_ends_the_session(
+    agent: FakeAgent, tmp_path: Path, seq: int
 ) -> None:
     socket = tmp_path / "engine.sock"
     async with running(egress_config({"unix": str(socket)}), agent) as outside:
-        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, PROVE)
-    assert got[-1].type is FrameType.GOAWAY
+        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, prove(seq))
+    assert got[-1].type is FrameType.REFUSE
+    assert parse_reason(got[-1].payload)[0] is Code.PROTOCOL
+    assert len(agent.calls) == 1
+
+
+async def test_proofs_that_are_asked_for_too_often_end_the_session(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tng.channel.renewal.MAX_PROOFS_A_MINUTE", 0)
+    socket = tmp_path / "engine.sock"
+    async with running(egress_config({"unix": str(socket)}), agent) as outside:
+        got = await raw_client(port_of(outside, "egress[0]"), PROVE, READY, prove(1))
+    assert got[-1].type is FrameType.REFUSE
+    assert "in a minute" in parse_reason(got[-1].payload)[1]
     assert len(agent.calls) == 1
 
 
@@ -625,7 +548,7 @@ async def test_too_many_streams_are_refused_one_by_one(
 async def test_an_egress_opens_no_stream_past_the_age_of_a_session(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.channel.MAX_SESSION_AGE_S", 0.0)
+    monkeypatch.setattr("tng.channel.renewal.MAX_SESSION_AGE_S", 0.0)
     engine = CountingEngine()
     socket = tmp_path / "engine.sock"
     async with (
@@ -669,7 +592,7 @@ async def test_a_mapping_without_a_proven_channel(
 async def test_a_client_of_the_egress_that_says_nothing(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tng.link.TLS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.link.TLS_TIMEOUT_S", 0.2)
     async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
         with contextlib.suppress(ConnectionResetError):
             assert await talk(port_of(outside, "egress[0]"), b"") == b""
@@ -679,7 +602,7 @@ async def test_a_client_that_proves_nothing_back_is_dropped(
     agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS stands, but no PROVE comes: the session does not stay."""
-    monkeypatch.setattr("tng.session.PROOF_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("tng.channel.session.PROOF_TIMEOUT_S", 0.2)
     async with running(egress_config({"unix": str(tmp_path / "none")}), agent) as outside:
         got = await raw_client(port_of(outside, "egress[0]"))
     assert [frame.type for frame in got] == [FrameType.READY]

@@ -27,9 +27,9 @@ from tests.tng.gateways import (
     serving,
     talk,
 )
-from tng.config import parse
-from tng.journal import Journal
-from tng.service import Gateway
+from tng.config.entries import parse
+from tng.operation.journal import Journal
+from tng.operation.service import Gateway
 
 STOCK = {"as_addr": "http://127.0.0.1:9/as/", "policy_ids": ["default"]}
 
@@ -92,7 +92,7 @@ async def test_control_interface_shows_why_a_peer_was_refused(
     ("request_bytes", "status"),
     [
         (b"POST /livez HTTP/1.1\r\nhost: a\r\n\r\n", b"405"),
-        (b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n", b"404"),
+        (b"GET /metric HTTP/1.1\r\nhost: a\r\n\r\n", b"404"),
         (b"nonsense\r\n\r\n", b"400"),
     ],
 )
@@ -264,7 +264,7 @@ def finished(*arguments: str) -> tuple[int, str, str]:
         (("--config-content", "{}"), 2, "nothing to do"),
         (("--config-content", "{"), 2, "not JSON"),
         (("--config-file", "/nonexistent/tng.json"), 3, "does not exist"),
-        (("--config-content", '{"add_ingress":[{"socks5":{}}]}'), 2, "not in this version"),
+        (("--config-content", '{"add_ingress":[{"hook":{},"no_ra":true}]}'), 2, "tng exec"),
         (("--nonsense",), 2, "nonsense"),
     ],
 )

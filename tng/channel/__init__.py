@@ -1,0 +1,1 @@
+"""Our session-bound dialect cai/1 (docs/spec-channel.md)."""

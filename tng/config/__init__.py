@@ -1,0 +1,1 @@
+"""The configuration of the gateway, in the dialects of TNG, read strictly."""

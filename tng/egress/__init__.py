@@ -1,0 +1,1 @@
+"""The guest's side: ways out to the backend."""

@@ -1,0 +1,1 @@
+"""The request guard of an egress: what may reach an OpenAI-compatible backend, and from whom."""

@@ -1,0 +1,1 @@
+"""Transparent capture by nftables, and the guard that outlives the gateway."""

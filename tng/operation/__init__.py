@@ -1,0 +1,1 @@
+"""A gateway as a running process: listeners, control interface, log."""

@@ -1,0 +1,1 @@
+"""Where a request may go, and what is known of who answers there."""
