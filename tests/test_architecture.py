@@ -24,7 +24,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cai.demo": (
         *GROUND, "cai.attest", "cai.model", "cai.store", "cai.mount", "cai.host", "cai.demo",
     ),
-    "cai.cli": ("cai",),
+    # `cai verify URL` asks as the gateway's client does; nothing else of a gateway is needed here.
+    "cai.cli": ("cai", "tng.operation.appraise"),
     "cai.__main__": ("cai.cli",),
     "kbs": (*GROUND, "cai.attest", "kbs"),
     "tng": (*GROUND, "cai.attest", "tng"),

@@ -79,7 +79,7 @@ def verify(
     itself as to an ingress, and no request is sent.
     """
     if peer is not None:
-        from tng.cli.verify_peer import PeerOptions, verify_peer
+        from cai.cli.verify_peer import PeerOptions, verify_peer
 
         if evidence is not None or at or report_data:
             raise UsageError("--evidence, --at and --report-data are about a file, not a peer")
