@@ -73,7 +73,7 @@ def verify_peer(peer: str, options: PeerOptions) -> None:
     import asyncio
     from hashlib import sha256
 
-    from cai.cli.verify import tell
+    from cai.cli.verdict_told import tell
     from cai.errors import InputError
     from cai.settings import read_settings_file
     from cai.terminal import current
