@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from cai.attest import ttrpc
 
-BINARIES = Path(os.environ.get("CAI_STOCK_TNG", "build/peers"))
+BINARIES = Path(os.environ.get("CAI_STOCK_TNG", "build/peers")).absolute()
 VERSIONS = ("2.12.0", "2.7.3")
 PROFILE = "tag:github.com,2024:confidential-containers/Trustee"
 

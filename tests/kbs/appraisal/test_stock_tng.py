@@ -36,7 +36,7 @@ from tests.kbs.world import Visitor
 if TYPE_CHECKING:
     from cai.attest.sim import SimulatedPlatform
 
-TNG = Path(os.environ.get("CAI_STOCK_TNG", "build/peers")) / "2.12.0" / "bin" / "scripts" / "tng"
+TNG = Path(os.environ.get("CAI_STOCK_TNG", "build/peers")).absolute() / "2.12.0/bin/scripts/tng"
 pytestmark = pytest.mark.skipif(
     not TNG.is_file(), reason=f"no stock tng at {TNG} (`make peers`, or set CAI_STOCK_TNG)"
 )
