@@ -194,17 +194,18 @@ class Parties:
             StorageError: it cannot be started.
         """
         try:
+            # A signal between its start and its entry in the list would leave it behind.
             with (self.logs / f"{name}.out").open("wb") as out, \
-                    (self.logs / f"{name}.err").open("wb") as err:
+                    (self.logs / f"{name}.err").open("wb") as err, _undisturbed():
                 # A session of its own: Ctrl-C reaches the demo only, which ends all in order.
                 process = subprocess.Popen(
                     _resolved(argv), cwd=self.work, stdin=subprocess.DEVNULL, stdout=out,
                     stderr=err, env=_environment(), start_new_session=True,
                 )
+                party = Party(name, argv, process, self.logs)
+                self._parties.append(party)
         except OSError as error:
             raise from_os_error(error, f"start {argv[0]}") from error
-        party = Party(name, argv, process, self.logs)
-        self._parties.append(party)
         return party
 
     def run(self, name: str, argv: Sequence[str]) -> Finished:
@@ -268,7 +269,7 @@ class Parties:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back, so that a second one does not end the clearing up half-way."""
+    """Hold SIGINT and SIGTERM back until what must not be left half-way is done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are handled in the main thread, so they do not disturb this one
         return
