@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -53,7 +54,15 @@ def processes_under(directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def short() -> Iterator[Path]:
+def alone() -> Iterator[None]:
+    """One demo at a time on this machine: each takes the usual ports where they are free."""
+    with (Path(tempfile.gettempdir()) / "cai-tests-demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short(alone: None) -> Iterator[Path]:
     """A directory whose path leaves room for the demo's sockets."""
     try:
         find_model(None)
