@@ -136,11 +136,50 @@ def verify_file(
     """Make every check of a file's evidence (spec-evidence §8).
 
     Args:
+        file: as ``verify_hard``, which makes layer 1.
+        subject: as there.
+        expected_report_data: as there.
+        policy: layer 2.
+        anchors: as there.
+        collateral: as there.
+        now: as there.
+        rims: as there.
+        ocsp: as there.
+
+    Returns:
+        The verdict, and the facts if it passed.
+    """
+    verdict, facts = verify_hard(
+        file, subject=subject, expected_report_data=expected_report_data,
+        require_agreement=policy.tdx.require_agreement, anchors=anchors, collateral=collateral,
+        now=now, rims=rims, ocsp=ocsp,
+    )  # fmt: skip
+    if facts is None:
+        return verdict, None
+    verdict = policy.apply(verdict, facts, now=now)
+    return verdict, facts if verdict.passed else None
+
+
+def verify_hard(
+    file: EvidenceFile,
+    *,
+    subject: str,
+    expected_report_data: bytes | None,
+    require_agreement: bool,
+    anchors: TrustAnchors,
+    collateral: CollateralStore,
+    now: datetime,
+    rims: RimStore | None = None,
+    ocsp: OcspStore | None = None,
+) -> tuple[Verdict, Facts | None]:
+    """Layer 1 of a file's evidence: the checks in code.
+
+    Args:
         file: the evidence.
         subject: what is verified, as the verdict names it.
         expected_report_data: the 64 bytes that the verifier expects; ``None`` asks only that a
             statement or the file's own word fit the quote.
-        policy: layer 2.
+        require_agreement: the second TDX engine must say the same as the first.
         anchors: trusted roots.
         collateral: Intel's statements about platforms.
         now: time of the verification.
@@ -171,8 +210,7 @@ def verify_file(
         expected, binding = expected_report_data, Binding.TOKEN
     verdict, facts = verify_evidence(
         file.evidence, subject=subject, report_data=expected, gpu_nonce=nonce, anchors=anchors,
-        collateral=collateral, now=now, require_agreement=policy.tdx.require_agreement,
-        rims=rims, ocsp=ocsp,
+        collateral=collateral, now=now, require_agreement=require_agreement, rims=rims, ocsp=ocsp,
     )  # fmt: skip
     risks = () if expected_report_data else (RISK_FRESHNESS,)
     verdict = verdict.extended(
@@ -180,10 +218,7 @@ def verify_file(
     )
     if facts is None or not verdict.passed:
         return verdict, None
-    if statement is not None:
-        facts = facts.with_statement(statement)
-    verdict = policy.apply(verdict, facts, now=now)
-    return verdict, facts if verdict.passed else None
+    return verdict, facts if statement is None else facts.with_statement(statement)
 
 
 def undecided(verdict: Verdict) -> tuple[Check, ...]:

@@ -11,15 +11,12 @@ from datetime import datetime
 from typing import Any, Final
 
 from cai.attest.anchors import TrustAnchors
-from cai.attest.evidence_file import RISK_FRESHNESS, EvidenceFile
-from cai.attest.facts import Facts
+from cai.attest.evidence_file import EvidenceFile, verify_hard
 from cai.attest.gpu.ocsp_store import OcspStore
 from cai.attest.gpu.rim_store import RimStore
-from cai.attest.statement import ChannelStatement, Purpose, report_data
 from cai.attest.tdx.collateral import CollateralStore
-from cai.attest.verdict import Verdict, check
-from cai.attest.verify import hardware_identity, verify_evidence
-from cai.errors import InputError, SettingError
+from cai.attest.verdict import Verdict
+from cai.attest.verify import hardware_identity
 from kbs.names import Realm, ResourceName
 from kbs.policy.appraisal import Appraisal
 from kbs.policy.pool import RegoPool
@@ -77,7 +74,11 @@ def dry_run(
         ocsp: NVIDIA's revocation answers.
     """
     # (1) Hard checks, as at attestation, except that nobody asked a fresh question.
-    hard, facts = _verified(file, subject, policies, anchors, collateral, now, rims, ocsp)
+    asked = policies.verification is not None and policies.verification.tdx.require_agreement
+    hard, facts = verify_hard(
+        file, subject=subject, expected_report_data=None, require_agreement=asked,
+        anchors=anchors, collateral=collateral, now=now, rims=rims, ocsp=ocsp,
+    )  # fmt: skip
     if facts is None:
         return DryRun(hard, None, hard)
     realm = Realm.SIMULATED if anchors.simulated else Realm.PRODUCTION
@@ -96,40 +97,3 @@ def dry_run(
     )  # fmt: skip
     risks = dict.fromkeys((*hard.residual_risks, *verdict.residual_risks))
     return DryRun(hard, appraisal, verdict.extended((), residual_risks=tuple(risks)))
-
-
-def _verified(
-    file: EvidenceFile, subject: str, policies: Policies, anchors: TrustAnchors,
-    collateral: CollateralStore, now: datetime, rims: RimStore | None, ocsp: OcspStore | None,
-) -> tuple[Verdict, Facts | None]:  # fmt: skip
-    expected, nonce = file.report_data, file.gpu_nonce
-    statement: ChannelStatement | None = None
-    checks = []
-    if file.statement is not None:
-        try:
-            statement = ChannelStatement.decode(file.statement)
-        except (InputError, SettingError) as error:
-            failed = check("evidence.statement", passed=False, reason=error.message)
-            return Verdict(subject, (failed,), simulated=anchors.simulated), None
-        # The quote must carry the statement, and the statement the devices' reports.
-        expected = report_data(file.statement, Purpose.CHANNEL)
-        nonce = bytes.fromhex(statement.gpu.nonce)
-        observed = file.evidence.gpu_digest.hex()
-        checks.append(
-            check(
-                "evidence.gpu_digest", passed=observed == statement.gpu.digest, observed=observed,
-                expected=statement.gpu.digest,
-                reason="the GPU reports are not those of the statement",
-            )
-        )  # fmt: skip
-    agreement = policies.verification is not None and policies.verification.tdx.require_agreement
-    verdict, facts = verify_evidence(
-        file.evidence, subject=subject, report_data=expected, gpu_nonce=nonce, anchors=anchors,
-        collateral=collateral, now=now, require_agreement=agreement, rims=rims, ocsp=ocsp,
-    )  # fmt: skip
-    verdict = verdict.extended(
-        checks, residual_risks=(*verdict.residual_risks, RISK_FRESHNESS)
-    )
-    if facts is None or not verdict.passed:
-        return verdict, None
-    return verdict, facts if statement is None else facts.with_statement(statement)
