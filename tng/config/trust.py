@@ -110,6 +110,13 @@ class ServiceVerify:
     expect: Expectation = field(default_factory=Expectation)
     kbs_key: str = ""
 
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """What weakens it, by the names that logs and verdicts show."""
+        skip = ("unsafe_skip_as_token_cert_verify",) if self.skip_certificate else ()
+        fetched = ("unsafe_trust_fetched_as_certificate",) if self.trust_fetched else ()
+        return (*skip, *fetched)
+
 
 Verify = BuiltinVerify | ServiceVerify
 
@@ -150,10 +157,7 @@ class Trust:
         if self.attest is None and self.verify is None:
             found.append("unsafe_no_ra")
         if isinstance(self.verify, ServiceVerify):
-            if self.verify.skip_certificate:
-                found.append("unsafe_skip_as_token_cert_verify")
-            if self.verify.trust_fetched:
-                found.append("unsafe_trust_fetched_as_certificate")
+            found += self.verify.unsafe
         return tuple(found)
 
 

@@ -11,7 +11,7 @@ from cai.attest.verdict import Binding as ProofBinding
 from cai.attest.verdict import Verdict, check
 from cai.errors import InputError, PolicyDenied
 from tng.config.trust import Model, ServiceVerify
-from tng.ohttp.judge import MAX_PROVEN_S, NO_CHALLENGE, unsafe_names
+from tng.ohttp.judge import MAX_PROVEN_S, NO_CHALLENGE
 from tng.ohttp.messages import Metadata, client_claims
 from tng.stock.certificate import CocoEvidence
 from tng.stock.service import AppraisalService, TrustedRoots, devices_of
@@ -101,7 +101,7 @@ class ClientJudge:
         except InputError as error:
             checks = (check("as.token", passed=False, reason=error.message),)
         Verdict(
-            subject, checks, binding=ProofBinding.KEY, unsafe=unsafe_names(self._settings)
+            subject, checks, binding=ProofBinding.KEY, unsafe=self._settings.unsafe
         ).require()
         until = min(float(token.expires or 0), now.timestamp() + MAX_PROVEN_S)
         self._known[key] = _Known(metadata.public, until)

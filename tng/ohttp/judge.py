@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from cai.attest.statement import stock_report_data
 from cai.attest.verdict import Binding as ProofBinding
 from cai.attest.verdict import Check, Verdict, check, not_asked
-from cai.attest.verify import verify_evidence
 from cai.errors import InputError, SettingError
 from tng.config.trust import Binding, BuiltinVerify, Model, ServiceVerify, Verify
 from tng.ohttp.messages import (
@@ -25,10 +23,10 @@ from tng.ohttp.messages import (
     server_claims,
 )
 from tng.peers.references import References
-from tng.stock.certificate import DIALECT_CLAIM, GPU_CLAIM
-from tng.stock.judge import bundle_of, gpu_nonce_of
+from tng.stock.built_in import verify_built_in
+from tng.stock.certificate import DIALECT_CLAIM
 from tng.stock.service import AppraisalService, TrustedRoots, devices_of
-from tng.stock.token import Token, verify_token
+from tng.stock.token import Token, about_claims, verify_token
 from tng.streams import Proven
 
 MAX_PROVEN_S = 300.0
@@ -150,7 +148,7 @@ class KeyJudge:
         self, settings: ServiceVerify, request: KeyRequest, answer: KeyAnswer, now: datetime
     ) -> tuple[Verdict, float]:
         assert self._roots is not None  # noqa: S101 - by __init__
-        unsafe = unsafe_names(settings)
+        unsafe = settings.unsafe
         passport = settings.model is Model.PASSPORT
         given = bool(answer.token) if passport else answer.evidence is not None
         # (2) The answer carries what was asked for.
@@ -175,7 +173,7 @@ class KeyJudge:
         # (4) Signer, time, statuses and policies of the token; (5) it is about the same claims.
         checks += verify_token(token, roots=roots, policy_ids=settings.policy_ids, now=now)
         if answer.evidence is not None and not passport:
-            checks.append(token_claims(token, answer.evidence.claims))
+            checks.append(about_claims(token, answer.evidence.claims))
         else:
             checks += self._claims(token.runtime_claims, request, answer)
         return Verdict("", tuple(checks), unsafe=unsafe), float(token.expires or 0)
@@ -189,32 +187,11 @@ class KeyJudge:
                 reason="the server gives no evidence that can be verified here",
             )
             return Verdict("", (failed,))
-        claims, bundle = evidence.claims, bundle_of(evidence)
-        verdict, facts = verify_evidence(
-            bundle,
-            subject="",
-            report_data=stock_report_data(evidence.report_data),
-            gpu_nonce=gpu_nonce_of(claims, bundle),
-            anchors=references.anchors,
-            collateral=references.collateral,
+        return verify_built_in(
+            evidence,
+            self._claims(evidence.claims, request, answer),
+            references=references,
             now=now,
-            require_agreement=references.policy.tdx.require_agreement,
-            rims=references.rims,
-            ocsp=references.ocsp,
-        )
-        checks = [*self._claims(claims, request, answer)]
-        if bundle.devices:
-            checks.append(
-                check(
-                    "stock.gpu_digest",
-                    passed=claims.get(GPU_CLAIM) == bundle.gpu_digest.hex(),
-                    reason="the GPU evidence is not bound to the server's key",
-                )
-            )
-        if facts is not None:
-            checks += references.policy.appraise(facts, now=now)
-        return verdict.extended(
-            checks, unsafe=(*references.unsafe, *verdict.unsafe, *references.policy.unsafe)
         )
 
     def _claims(
@@ -243,20 +220,3 @@ class KeyJudge:
             if ours
             else not_asked("channel.downgrade"),
         ]
-
-
-def token_claims(token: Token, claims: Mapping[str, Any]) -> Check:
-    """Whether a token is about these claims."""
-    appraised = token.runtime_claims
-    return check(
-        "stock.claims",
-        passed=all(appraised.get(name) == value for name, value in claims.items()),
-        reason="the token is about other claims",
-    )
-
-
-def unsafe_names(settings: ServiceVerify) -> tuple[str, ...]:
-    """The ``unsafe_…`` settings of a verification by a service."""
-    skip = ("unsafe_skip_as_token_cert_verify",) if settings.skip_certificate else ()
-    fetched = ("unsafe_trust_fetched_as_certificate",) if settings.trust_fetched else ()
-    return (*skip, *fetched)

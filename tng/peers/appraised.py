@@ -46,10 +46,7 @@ class ServiceJudge:
     @property
     def unsafe(self) -> tuple[str, ...]:
         """The ``unsafe_…`` settings in force."""
-        settings = self._settings
-        skip = ("unsafe_skip_as_token_cert_verify",) if settings.skip_certificate else ()
-        fetched = ("unsafe_trust_fetched_as_certificate",) if settings.trust_fetched else ()
-        return (*skip, *fetched)
+        return self._settings.unsafe
 
     async def judge(self, claim: Claim, subject: str) -> Proven:
         """Verify a claim.

@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from cai import jcs
-from cai.attest.evidence import Evidence
-from cai.attest.rcar import parse_additional_evidence, parse_tdx_evidence
-from cai.attest.statement import stock_report_data
 from cai.attest.verdict import Binding as ProofBinding
 from cai.attest.verdict import Check, Verdict, check, not_asked
-from cai.attest.verify import verify_evidence
 from cai.errors import CaiError, InputError, SettingError
 from tng.config.trust import Binding, BuiltinVerify, Model, ServiceVerify
 from tng.peers.references import References
+from tng.stock.built_in import verify_built_in
 from tng.stock.certificate import (
     DIALECT_CLAIM,
-    GPU_CLAIM,
-    GPU_NONCE_CLAIM,
-    CocoEvidence,
     Presented,
     bound_key,
     parse_certificate,
 )
 from tng.stock.service import AppraisalService, TrustedRoots, devices_of
-from tng.stock.token import Token, verify_token
+from tng.stock.token import Token, about_claims, verify_token
 from tng.streams import Proven
 
 MAX_VERDICT_S = 300.0
@@ -42,9 +34,6 @@ MAX_VERDICT_S = 300.0
 
 MAX_VERDICTS = 1024
 """Most verdicts that are kept."""
-
-MAX_EVIDENCE = 16 * 1024 * 1024
-"""Largest evidence JSON that is parsed, bytes."""
 
 RISK_FRESH = "a stock certificate carries no nonce: its evidence is as old as the certificate"
 """What no check covers, as the verdict says it."""
@@ -164,7 +153,7 @@ class CertificateJudge:
                 reason="the peer's certificate carries no evidence for this model",
             )
         ]
-        unsafe = tuple(self._unsafe(settings))
+        unsafe = settings.unsafe
         if checks[0].outcome.value == "fail":
             return Verdict("", tuple(checks), unsafe=unsafe), now.timestamp()
         text = presented.token
@@ -181,10 +170,7 @@ class CertificateJudge:
         # (4) The token is about these claims; (5) the claims are about this key.
         appraised = token.runtime_claims
         if claims:
-            same = all(appraised.get(name) == value for name, value in claims.items())
-            checks.append(
-                check("stock.claims", passed=same, reason="the token is about other claims")
-            )
+            checks.append(about_claims(token, claims))
         checks += self._claims(claims or dict(appraised), presented)
         ends = float(token.expires or 0)
         return Verdict("", tuple(checks), unsafe=unsafe), ends
@@ -198,33 +184,8 @@ class CertificateJudge:
                 reason="the peer's certificate carries no evidence that can be verified here",
             )
             return Verdict("", (failed,))
-        claims = evidence.claims
-        bundle = bundle_of(evidence)
-        verdict, facts = verify_evidence(
-            bundle,
-            subject="",
-            report_data=stock_report_data(evidence.report_data),
-            gpu_nonce=gpu_nonce_of(claims, bundle),
-            anchors=references.anchors,
-            collateral=references.collateral,
-            now=now,
-            require_agreement=references.policy.tdx.require_agreement,
-            rims=references.rims,
-            ocsp=references.ocsp,
-        )
-        checks = [*self._claims(claims, presented)]
-        if bundle.devices:
-            checks.append(
-                check(
-                    "stock.gpu_digest",
-                    passed=claims.get(GPU_CLAIM) == bundle.gpu_digest.hex(),
-                    reason="the GPU evidence is not bound to the certificate's key",
-                )
-            )
-        if facts is not None:
-            checks += references.policy.appraise(facts, now=now)
-        return verdict.extended(
-            checks, unsafe=(*references.unsafe, *verdict.unsafe, *references.policy.unsafe)
+        return verify_built_in(
+            evidence, self._claims(evidence.claims, presented), references=references, now=now
         )
 
     def _claims(self, claims: dict[str, Any], presented: Presented) -> list[Check]:
@@ -262,41 +223,6 @@ class CertificateJudge:
     def _has_payload(presented: Presented) -> bool:
         return bool(presented.token) or presented.evidence is not None
 
-    @staticmethod
-    def _unsafe(settings: ServiceVerify) -> Sequence[str]:
-        names = []
-        if settings.skip_certificate:
-            names.append("unsafe_skip_as_token_cert_verify")
-        if settings.trust_fetched:
-            names.append("unsafe_trust_fetched_as_certificate")
-        return names
-
-
-def bundle_of(evidence: CocoEvidence) -> Evidence:
-    """The TDX and GPU evidence in stock evidence.
-
-    Raises:
-        SettingError: it is of another TEE.
-        FormatError, LimitExceeded: it is malformed.
-    """
-    if evidence.tee != "tdx":
-        raise SettingError(f"TEE {evidence.tee[:32]!r} cannot be verified here")
-    value = jcs.parse(evidence.evidence, what="evidence", limit=MAX_EVIDENCE)
-    quote, event_log = parse_tdx_evidence(value)
-    additional = (evidence.additional or b"").decode("utf-8", "replace")
-    devices, _statement = parse_additional_evidence(additional)
-    return Evidence(quote=quote, devices=devices, event_log=event_log)
-
-
-def gpu_nonce_of(claims: dict[str, Any], evidence: Evidence) -> bytes | None:
-    """The nonce of the GPU reports as the claims name it; their digest is what binds them."""
-    if not evidence.devices:
-        return None
-    try:
-        nonce = bytes.fromhex(str(claims.get(GPU_NONCE_CLAIM, "")))
-    except ValueError:
-        nonce = b""
-    return nonce if len(nonce) == 32 else bytes(32)
 
 
 def _refused(subject: str, name: str, reason: str) -> CaiError:

@@ -131,6 +131,16 @@ def verify_token(
     )
 
 
+def about_claims(token: Token, claims: Mapping[str, Any]) -> Check:
+    """Whether a token is about these claims."""
+    appraised = token.runtime_claims
+    return check(
+        "stock.claims",
+        passed=all(appraised.get(name) == value for name, value in claims.items()),
+        reason="the token is about other claims",
+    )
+
+
 def _signature(token: Token) -> Check:
     try:
         leaf = token.chain[0].public_key() if token.chain else None
