@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -54,15 +53,7 @@ def processes_under(directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """One demo at a time on this machine: each takes the usual ports where they are free."""
-    with (Path(tempfile.gettempdir()) / "cai-tests-demo.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture(scope="module")
-def short(alone: None) -> Iterator[Path]:
+def short() -> Iterator[Path]:
     """A directory whose path leaves room for the demo's sockets."""
     try:
         find_model(None)

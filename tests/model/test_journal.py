@@ -73,7 +73,11 @@ def test_edits_only_cut_it_short(data: st.DataObject, written: tuple[Path, Secre
         path.write_bytes(original)
 
 
-@pytest.mark.parametrize("data", [b"", b"CAIJNL1\n", b"CAIJNL1\n" + bytes(32), os.urandom(500)])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"CAIJNL1\n", b"CAIJNL1\n" + bytes(32), os.urandom(500)],
+    ids=["empty", "magic alone", "zeros", "noise"],
+)
 def test_other_bytes_are_no_journal(data: bytes, tmp_path: Path) -> None:
     (tmp_path / JOURNAL_FILE).write_bytes(data)
     assert read_journal(tmp_path, new_key()) is None

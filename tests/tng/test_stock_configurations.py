@@ -91,6 +91,7 @@ def test_configuration(entry: dict[str, Any]) -> None:
 @pytest.mark.skipif(not EXTRA, reason="CAI_EXTRA_VECTORS is not set")
 def test_extra_configurations_are_read_or_refused_by_name() -> None:
     files = sorted(Path(EXTRA).rglob("*tng*/**/*.json"))
+    assert files, f"CAI_EXTRA_VECTORS names no configuration of a gateway: {EXTRA}"
     for file in files:
         accepted, reason = ours(file.read_text("utf-8", "replace"))
         assert accepted or reason, file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import sqlite3
 from datetime import UTC, datetime, timedelta
@@ -184,6 +185,7 @@ def test_a_bundle_must_be_canonical() -> None:
         pem(ec.generate_private_key(ec.SECP384R1())),
         pem(rsa.generate_private_key(65537, 2048)),
     ],
+    ids=itertools.count(),
 )  # fmt: skip
 def test_other_keys_are_refused(site: Site, key: bytes) -> None:
     assert site.admin("POST", "reference-key/owner", key).status_code in (400, 413)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from datetime import timedelta
 
@@ -200,6 +201,7 @@ def bent(name: str, value: object) -> bytes:
         bent("checkpoint", {"origin": "o", "size": -1, "root": "00" * 32}),
         bent("extra", 1), b'{"a":' * 5000,
     ],
+    ids=itertools.count(),
 )  # fmt: skip
 def test_malformed_requests_are_refused(leasing: Site, visitor: Visitor, body: bytes) -> None:
     _, cookie = visitor.attested(leasing)

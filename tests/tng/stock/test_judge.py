@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from typing import Any
 
 import pytest
@@ -74,6 +75,7 @@ async def test_a_good_certificate() -> None:
         (StockService(policies="other"), certificate(), {}, "as.policy"),
         (StockService(lifetime_s=-120), certificate(), {}, "as.token.time"),
     ],
+    ids=itertools.count(),
 )
 async def test_what_does_not_pass(
     service: StockService, der: bytes | None, settings: dict[str, Any], seen: str
